@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Build, install and maintain this repository's patches and files on vLLM.
+
+See patches/README.md for the patch format.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from vllm_overlay import author, installed  # noqa: E402
+from vllm_overlay.base import BaseWheel, fetch  # noqa: E402
+from vllm_overlay.common import CHECKOUT, OverlayError  # noqa: E402
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="overlay.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("apply", help="overlay an installed vLLM")
+    command.add_argument("--into", type=Path, required=True, metavar="SITE_PACKAGES")
+    modes = command.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--link", action="store_true", help="link added files to the checkout"
+    )
+    modes.add_argument(
+        "--check", action="store_true", help="only compare with the checkout"
+    )
+    modes.add_argument("--revert", action="store_true", help="take the overlay off")
+
+    command = commands.add_parser("edit", help="get the files of a patch to edit")
+    command.add_argument("--patch", type=Path, required=True)
+    command.add_argument("--tree", type=Path, required=True, help="folder to write")
+    command.add_argument("files", nargs="*", help="more files, as vllm/... paths")
+
+    command = commands.add_parser("diff", help="make a patch of edited files")
+    command.add_argument("--patch", type=Path, required=True)
+    command.add_argument("--edited", type=Path, required=True, help="folder with vllm/")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "apply":
+        if arguments.check:
+            differences = installed.check(arguments.into, CHECKOUT)
+            print("\n".join(differences) or f"{arguments.into}: equals the checkout")
+            return 1 if differences else 0
+        if arguments.revert:
+            print(installed.revert(arguments.into, CHECKOUT))
+        else:
+            print(installed.apply(arguments.into, CHECKOUT, arguments.link))
+    elif arguments.command == "edit":
+        base = BaseWheel(fetch("cpu"))
+        author.start_edit(base, arguments.patch, arguments.tree, arguments.files)
+    elif arguments.command == "diff":
+        author.write_patch(BaseWheel(fetch("cpu")), arguments.patch, arguments.edited)
+    return 0
+
+
+def main() -> int:
+    """Run the command line."""
+    try:
+        return _run(_parser().parse_args())
+    except OverlayError as error:
+        print(f"overlay.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

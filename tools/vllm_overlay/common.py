@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Helpers shared by the modules of the overlay tool."""
+
+import hashlib
+import os
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+# Files a running system, an editor or a merge leaves behind.
+_JUNK_SUFFIXES = (".pyc", ".pyo", ".orig", ".rej", ".swp", "~")
+
+
+class OverlayError(Exception):
+    """A request that cannot be carried out; the message says what to do."""
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of the file at ``path``."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return where the new contents of ``path`` are written before the rename."""
+    return path.with_name(f".{path.name}.overlay-new")
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    temporary.write_bytes(data)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
+def link_atomically(path: Path, target: Path) -> None:
+    """Make ``path`` a symbolic link to ``target``, replacing what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
+def is_junk(relative: Path) -> bool:
+    """Say whether a path is a by-product, not a source file."""
+    return any(
+        part == "__pycache__" or part.startswith(".") or part.endswith(_JUNK_SUFFIXES)
+        for part in relative.parts
+    )
+
+
+def source_files(checkout: Path, *roots: str) -> dict[str, Path]:
+    """List the source files below some folders of a checkout.
+
+    Args:
+        checkout: The root of the checkout.
+        *roots: Folders of it, such as ``"vllm"``; absent ones are empty.
+
+    Returns:
+        The files by their path relative to the checkout, in sorted order.
+    """
+    found = {}
+    for root in roots:
+        for path in sorted((checkout / root).rglob("*")):
+            relative = path.relative_to(checkout)
+            if path.is_file() and not is_junk(relative.relative_to(root)):
+                found[relative.as_posix()] = path
+    return found
+
+
+def bullets(items: list[str]) -> str:
+    """Format problems as an indented list, one a line."""
+    return "".join(f"\n  {item}" for item in items)
