@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Layers that are trained under plain autograd and served by vLLM's engine."""
+
+from vllm.model_executor.layers.training.activation import SiluAndMul
+from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.base import TrainingLayer, skip_init
+from vllm.model_executor.layers.training.embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.layers.training.flash_attention import VLLMFlashAttention
+from vllm.model_executor.layers.training.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.training.logprobs import token_logprobs
+from vllm.model_executor.layers.training.norm import RMSNorm
+from vllm.model_executor.layers.training.rotary import RotaryEmbedding
+
+__all__ = [
+    "ColumnParallelLinear",
+    "MergedColumnParallelLinear",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RowParallelLinear",
+    "SiluAndMul",
+    "TrainableAttention",
+    "TrainingLayer",
+    "VLLMFlashAttention",
+    "VocabParallelEmbedding",
+    "skip_init",
+    "token_logprobs",
+]

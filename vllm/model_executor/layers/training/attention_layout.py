@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The tensor layouts that attention accepts, and the lengths of packed sequences."""
+
+from __future__ import annotations
+
+import torch
+
+
+def packed_view(
+    name: str, tensor: torch.Tensor, num_heads: int, head_size: int
+) -> tuple[torch.Tensor, tuple[int, int] | None]:
+    """View a tensor of any accepted layout as packed heads.
+
+    Args:
+        name: what the tensor is, for errors.
+        tensor: one of
+
+            - [num_tokens, num_heads * head_size]
+            - [num_tokens, num_heads, head_size]
+            - [batch, seq, num_heads * head_size]
+            - [batch, seq, num_heads, head_size]
+
+            A tensor of three dims whose last two are (num_heads, head_size) is
+            packed; a batch of sequences of one head and one token is therefore
+            given with four dims.
+        num_heads: heads of the tensor on this rank.
+        head_size: size of a head.
+
+    Returns:
+        The view, shape = [num_tokens, num_heads, head_size], and (batch, seq) where
+        the layout is batched.
+
+    Raises:
+        ValueError: the shape is none of the above.
+    """
+    shape, heads = tuple(tensor.shape), (num_heads, head_size)
+    if tensor.ndim == 2 and shape[1] == num_heads * head_size:
+        return tensor.unflatten(1, heads), None
+    if tensor.ndim == 3 and shape[1:] == heads:
+        return tensor, None
+    if tensor.ndim == 3 and shape[2] == num_heads * head_size:
+        return tensor.unflatten(2, heads).flatten(0, 1), (shape[0], shape[1])
+    if tensor.ndim == 4 and shape[2:] == heads:
+        return tensor.flatten(0, 1), (shape[0], shape[1])
+    raise ValueError(
+        f"{name} of shape {shape} does not fit {num_heads} heads of size {head_size} "
+        "on this rank; accepted are [num_tokens, num_heads * head_size], "
+        "[num_tokens, num_heads, head_size], [batch, seq, num_heads * head_size] and "
+        "[batch, seq, num_heads, head_size]."
+    )
+
+
+def sequence_lengths(
+    num_tokens: int,
+    batch_and_seq: tuple[int, int] | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+) -> list[int]:
+    """Lengths of the sequences that a call consists of.
+
+    Args:
+        num_tokens: tokens over all sequences.
+        batch_and_seq: (batch, seq) of a batched call, else None.
+        cu_seqlens: cumulative lengths of a packed call, int32,
+            shape = [num_seqs + 1]; None: one sequence.
+        max_seqlen: upper bound of the lengths, if the caller knows one.
+
+    Raises:
+        ValueError: cu_seqlens that do not describe the tokens, or a max_seqlen that a
+            sequence exceeds.
+    """
+    if batch_and_seq is not None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens describe packed tokens, but the inputs are batched with "
+                f"(batch, seq) = {batch_and_seq}. Leave cu_seqlens out, or flatten "
+                "batch and seq into num_tokens."
+            )
+        batch, seq = batch_and_seq
+        lengths = [seq] * batch
+    elif cu_seqlens is None:
+        lengths = [num_tokens]
+    else:
+        lengths = _from_cu_seqlens(num_tokens, cu_seqlens)
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen={max_seqlen}, but a sequence has {longest} tokens; give the "
+            "length of the longest sequence, or leave it out."
+        )
+    return lengths
+
+
+def _from_cu_seqlens(num_tokens: int, cu_seqlens: torch.Tensor) -> list[int]:
+    if (
+        not isinstance(cu_seqlens, torch.Tensor)
+        or cu_seqlens.dtype != torch.int32
+        or cu_seqlens.ndim != 1
+        or len(cu_seqlens) < 1
+    ):
+        given = (
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, torch.Tensor)
+            else type(cu_seqlens).__name__
+        )
+        raise ValueError(
+            f"cu_seqlens is {given}; it must be a torch.int32 tensor of shape "
+            "[num_seqs + 1], for lengths l: torch.tensor([0, *l]).cumsum(0, "
+            "dtype=torch.int32)."
+        )
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens={_shorten(bounds)} does not describe {num_tokens} tokens; it "
+            f"must start at 0, never decrease and end at {num_tokens}."
+        )
+    return lengths
+
+
+def _shorten(values: list[int]) -> str:
+    if len(values) <= 12:
+        return str(values)
+    head, tail = (", ".join(map(str, part)) for part in (values[:6], values[-6:]))
+    return f"[{head}, ..., {tail}]"

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Vocabulary-parallel embedding and language-model head.
+
+With tp_size 1 the weights have exactly one row a token. With more ranks the rows are
+laid out as in vLLM: the vocabulary is padded with zero rows to a multiple of 64 and
+cut into equal shards, so a trainer's and an engine's shards of one tensor-parallel
+size hold the same rows. Padding rows are never looked up, their logits are dropped
+and their gradient is zero. Checkpoints hold the unpadded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.collectives import (
+    copy_to_group,
+    gather_from_group,
+    reduce_from_group,
+)
+from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.parallel_context import ParallelContext
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class _VocabParallel(TrainingLayer):
+    """The weight of one row a token, cut over the ranks by rows."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        params_dtype: torch.dtype | None,
+        parallel_context: ParallelContext | None,
+    ) -> None:
+        super().__init__(parallel_context)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.params_dtype = resolve_dtype(params_dtype)
+        self.num_embeddings_padded = _padded_vocab_size(num_embeddings, self.tp_size)
+        self.num_embeddings_per_partition = self.num_embeddings_padded // self.tp_size
+        self.vocab_start_index = self.tp_rank * self.num_embeddings_per_partition
+        self._add_parameter("weight", self.params_dtype)
+
+    def _sharding(self, *trailing: int) -> ParameterSharding:
+        return ParameterSharding(
+            torch.Size((self.num_embeddings, *trailing)),
+            0,
+            (
+                ShardPart(
+                    None,
+                    None,
+                    self.num_embeddings,
+                    padded_size=self.num_embeddings_padded,
+                ),
+            ),
+        )
+
+    def parameter_sharding(self) -> dict[str, ParameterSharding]:
+        return {"weight": self._sharding(self.embedding_dim)}
+
+    def _engine_arguments(self, vllm_config: VllmConfig, prefix: str) -> dict[str, Any]:
+        return {
+            "params_dtype": self.params_dtype,
+            "quant_config": vllm_config.quant_config,
+            "prefix": prefix,
+            "disable_tp": self._engine_disables_tp(),
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_embeddings={self.num_embeddings}, "
+            f"embedding_dim={self.embedding_dim}, tp_size={self.tp_size}"
+        )
+
+
+class VocabParallelEmbedding(_VocabParallel):
+    """Token embedding with the vocabulary cut over the ranks.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: size of an embedding.
+        params_dtype: dtype of the weight; torch's default dtype if None.
+        parallel_context: the context to shard by.
+
+    Attributes:
+        weight: shape = [num_embeddings_per_partition, embedding_dim]
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        params_dtype: torch.dtype | None = None,
+        parallel_context: ParallelContext | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, params_dtype, parallel_context)
+        self._initialise()
+
+    def reset_parameters(self) -> None:
+        """Standard normal, as torch.nn.Embedding."""
+        self._draw("weight", nn.init.normal_)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look up tokens.
+
+        Args:
+            input_ids: integer token ids from 0 to num_embeddings - 1, any shape.
+
+        Returns:
+            shape = [*input_ids.shape, embedding_dim].
+        """
+        input_ids = input_ids.long()
+        if self.tp_size == 1:
+            return F.embedding(input_ids, self.weight)
+        local_ids = input_ids - self.vocab_start_index
+        elsewhere = (local_ids < 0) | (local_ids >= self.num_embeddings_per_partition)
+        local_ids = local_ids.masked_fill(elsewhere, 0)
+        output = F.embedding(local_ids, self.weight)
+        output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return reduce_from_group(output, self.parallel_context)
+
+    def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        return upstream.VocabParallelEmbedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            **self._engine_arguments(vllm_config, prefix),
+        )
+
+
+class ParallelLMHead(_VocabParallel):
+    """Projection from hidden states to logits, with the vocabulary cut over the ranks.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: size of a hidden state.
+        bias: add a bias.
+        params_dtype: dtype of the parameters; torch's default dtype if None.
+        parallel_context: the context to shard by.
+
+    Attributes:
+        weight: shape = [num_embeddings_per_partition, embedding_dim]
+        bias: shape = [num_embeddings_per_partition] or None
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        *,
+        params_dtype: torch.dtype | None = None,
+        parallel_context: ParallelContext | None = None,
+    ) -> None:
+        self.has_bias = bias
+        super().__init__(num_embeddings, embedding_dim, params_dtype, parallel_context)
+        if bias:
+            self._add_parameter("bias", self.params_dtype)
+        else:
+            self.register_parameter("bias", None)
+        self._initialise()
+
+    def parameter_sharding(self) -> dict[str, ParameterSharding]:
+        shardings = super().parameter_sharding()
+        if self.has_bias:
+            shardings["bias"] = self._sharding()
+        return shardings
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(embedding_dim), as torch.nn.Linear."""
+        bound = 1 / math.sqrt(self.embedding_dim) if self.embedding_dim else 0.0
+        self._draw("weight", lambda t: nn.init.uniform_(t, -bound, bound))
+        if self.has_bias:
+            self._draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
+
+    def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
+        """Share the embedding's weight from now on.
+
+        Args:
+            embedding: an embedding of the same sizes, dtype and context.
+
+        Returns:
+            The head itself.
+
+        Raises:
+            ValueError: the weights do not have the same shape and dtype.
+        """
+        given, own = embedding.weight, self.weight
+        if given.shape != own.shape or given.dtype != own.dtype:
+            raise ValueError(
+                f"The embedding's weight of shape {tuple(given.shape)} and "
+                f"{given.dtype} cannot be tied to a head that needs "
+                f"{tuple(own.shape)} and {own.dtype}; build both with the same "
+                "sizes, params_dtype and parallel_context."
+            )
+        self.weight = embedding.weight
+        return self
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Compute the logits over the whole vocabulary, on every rank.
+
+        Args:
+            hidden_states: shape = [..., embedding_dim], equal on all ranks.
+
+        Returns:
+            shape = [..., num_embeddings].
+        """
+        if hidden_states.shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"ParallelLMHead got hidden states of shape "
+                f"{tuple(hidden_states.shape)}; their last dim must be "
+                f"{self.embedding_dim}."
+            )
+        hidden_states = copy_to_group(hidden_states, self.parallel_context)
+        logits = F.linear(hidden_states, self.weight, self.bias)
+        logits = gather_from_group(logits, self.parallel_context)
+        return logits[..., : self.num_embeddings]
+
+    def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        """vLLM's own head. The caller ties it again if this one is tied."""
+        return upstream.ParallelLMHead(
+            self.num_embeddings,
+            self.embedding_dim,
+            bias=self.has_bias,
+            **self._engine_arguments(vllm_config, prefix),
+        )
+
+
+def _padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows over all ranks, padding included."""
+    if vocab_size < 1:
+        raise ValueError(f"num_embeddings={vocab_size} must be at least 1.")
+    if tp_size == 1:
+        return vocab_size
+    padded = upstream.pad_vocab_size(vocab_size)
+    if padded % tp_size:
+        raise ValueError(
+            f"num_embeddings={vocab_size} is padded to {padded}, a multiple of "
+            f"{upstream.DEFAULT_VOCAB_PADDING_SIZE}, which tp_size={tp_size} does not "
+            "divide; choose a tensor-parallel size that does."
+        )
+    return padded

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A whole attention block: projections, rotary embedding and attention."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.linear import (
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.training.rotary import RotaryEmbedding
+from vllm.model_executor.parallel_context import ParallelContext
+
+
+class VLLMFlashAttention(TrainingLayer):
+    """Self-attention with its own query/key/value and output projections.
+
+    `VLLMFlashAttention(hidden_size=256, num_heads=4)` is all that training needs. In
+    a checkpoint the projections are q_proj, k_proj, v_proj and o_proj.
+
+    Args:
+        hidden_size: size of a hidden state.
+        num_heads: query heads, over all ranks.
+        num_kv_heads: key/value heads, over all ranks; num_heads if None.
+        head_dim: size of each head; hidden_size / num_heads if None.
+        bias: give the projections a bias.
+        rotary: rotary embedding of query and key; None for none.
+        causal: a token sees tokens up to its own position.
+        sliding_window: a token sees this many latest positions, its own among them.
+        logits_soft_cap: caps the scaled dot products s at ±C by C * tanh(s / C).
+        scale: factor on the dot products; 1/sqrt(head_dim) if None.
+        params_dtype: dtype of the parameters; torch's default dtype if None.
+        parallel_context: the context to shard by.
+
+    Attributes:
+        qkv_proj: QKVParallelLinear.
+        o_proj: RowParallelLinear.
+        rotary_emb: the rotary embedding or None.
+        attn: TrainableAttention over this rank's heads.
+
+    Raises:
+        ValueError: sizes that do not divide, or a rotary embedding of another head
+            size.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        bias: bool = False,
+        rotary: RotaryEmbedding | None = None,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        logits_soft_cap: float | None = None,
+        scale: float | None = None,
+        params_dtype: torch.dtype | None = None,
+        parallel_context: ParallelContext | None = None,
+    ) -> None:
+        super().__init__(parallel_context)
+        if head_dim is None:
+            if num_heads < 1 or hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size={hidden_size} is not divisible by "
+                    f"num_heads={num_heads}; choose sizes that divide, or give "
+                    "head_dim."
+                )
+            head_dim = hidden_size // num_heads
+        if rotary is not None and rotary.head_size != head_dim:
+            raise ValueError(
+                f"rotary has head_size={rotary.head_size}, but the heads have size "
+                f"{head_dim}; build RotaryEmbedding({head_dim})."
+            )
+        self.hidden_size = hidden_size
+        self.head_dim = head_dim
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size,
+            head_dim,
+            num_heads,
+            num_kv_heads,
+            bias=bias,
+            part_names=("q_proj", "k_proj", "v_proj"),
+            params_dtype=params_dtype,
+            parallel_context=self.parallel_context,
+        )
+        self.num_heads = self.qkv_proj.num_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
+        self.rotary_emb = rotary
+        self.attn = TrainableAttention(
+            self.num_heads,
+            head_dim,
+            scale,
+            self.num_kv_heads,
+            causal=causal,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            parallel_context=self.parallel_context,
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * head_dim,
+            hidden_size,
+            bias=bias,
+            params_dtype=params_dtype,
+            parallel_context=self.parallel_context,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: shape = [num_tokens, hidden_size] or
+                [batch, seq, hidden_size].
+            positions: integers, shape = [num_tokens] or [batch, seq]; needed with a
+                rotary embedding and not read without one.
+            cu_seqlens: where packed sequences begin and end, torch.int32,
+                shape = [num_seqs + 1]; None: packed tokens are one sequence.
+            max_seqlen: length of the longest sequence, if known.
+
+        Returns:
+            The shape and dtype of hidden_states.
+
+        Raises:
+            ValueError: shapes that do not fit, or missing positions.
+        """
+        leading = hidden_states.shape[:-1]
+        if len(leading) not in (1, 2):
+            raise ValueError(
+                f"hidden_states of shape {tuple(hidden_states.shape)} must be "
+                f"[num_tokens, {self.hidden_size}] or [batch, seq, "
+                f"{self.hidden_size}]."
+            )
+        qkv = self.qkv_proj(hidden_states)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(
+            (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2
+        )
+        if self.rotary_emb is not None:
+            if positions is None:
+                raise ValueError(
+                    "VLLMFlashAttention with a rotary embedding needs positions of "
+                    f"shape {tuple(leading)}; none were given."
+                )
+            q, k = self.rotary_emb(positions, q, k)
+        output = self.attn(q, k, v, cu_seqlens, max_seqlen)
+        return self.o_proj(output.flatten(-2))

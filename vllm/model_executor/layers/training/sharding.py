@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How a parameter is cut over the tensor-parallel ranks.
+
+A `ParameterSharding` describes one parameter of a layer: its full shape, the
+dimension that is sharded and the parts it is fused from. Loading, saving, resharding
+and weight transfer all work from it, with no knowledge of the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """One tensor of the checkpoint inside a possibly fused parameter.
+
+    Attributes:
+        name: the checkpoint's module name component ("q_proj") where the part is a
+            tensor of its own there; None where the checkpoint uses the layer's name.
+        shard_id: what vLLM's own weight_loader takes for this part ("q"/"k"/"v", an
+            index, or None for a parameter of one part).
+        size: full size along the sharded dim, in the checkpoint.
+        replicas: how many consecutive ranks hold the same piece; more than 1 where
+            there are fewer KV heads than ranks.
+        padded_size: size along the sharded dim after zero rows are put behind the
+            last one so that the ranks divide it; `size` by default.
+    """
+
+    name: str | None
+    shard_id: str | int | None
+    size: int
+    replicas: int = 1
+    padded_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.padded_size == 0:
+            object.__setattr__(self, "padded_size", self.size)
+
+    def local_size(self, tp_size: int) -> int:
+        """Size along the sharded dim on each rank.
+
+        Raises:
+            ValueError: the ranks do not divide the part.
+        """
+        rows = self.padded_size * self.replicas
+        if rows % tp_size:
+            raise ValueError(
+                f"Part {self.name or self.shard_id or 'weight'} of size "
+                f"{self.padded_size} with {self.replicas} replicas cannot be cut into "
+                f"tp_size={tp_size} equal shards; choose a tensor-parallel size that "
+                f"divides {rows}."
+            )
+        return rows // tp_size
+
+
+@dataclass(frozen=True)
+class ParameterSharding:
+    """One parameter of a layer, over all tensor-parallel ranks.
+
+    Attributes:
+        shape: full shape without padding and replicas; fused parts side by side.
+        dim: the sharded dimension; None for a parameter that every rank holds whole.
+        parts: the parts along `dim`, in order. A replicated parameter has one.
+    """
+
+    shape: torch.Size
+    dim: int | None
+    parts: tuple[ShardPart, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        if self.dim is None:
+            if len(self.parts) != 1:
+                raise ValueError(
+                    f"A replicated parameter has one part, not {len(self.parts)}."
+                )
+            return
+        total = sum(part.size for part in self.parts)
+        if not 0 <= self.dim < len(self.shape) or total != self.shape[self.dim]:
+            raise ValueError(
+                f"The parts add up to {total}, which is not the size of dim "
+                f"{self.dim} of shape {tuple(self.shape)}."
+            )
+
+    @classmethod
+    def replicated(cls, shape: torch.Size | tuple[int, ...]) -> ParameterSharding:
+        """A parameter that every rank holds whole."""
+        part = ShardPart(None, None, shape[0] if shape else 1)
+        return cls(torch.Size(shape), None, (part,))
+
+
+def local_shape(sharding: ParameterSharding, tp_size: int) -> torch.Size:
+    """Shape of the parameter on each rank, padding and replicas included."""
+    if sharding.dim is None:
+        return sharding.shape
+    shape = list(sharding.shape)
+    shape[sharding.dim] = sum(part.local_size(tp_size) for part in sharding.parts)
+    return torch.Size(shape)
+
+
+def part_slices(sharding: ParameterSharding, tp_size: int) -> tuple[slice, ...]:
+    """Where each part lies in the local parameter, along the sharded dim.
+
+    For a replicated parameter the one slice covers it.
+    """
+    if sharding.dim is None:
+        return (slice(None),)
+    slices, start = [], 0
+    for part in sharding.parts:
+        stop = start + part.local_size(tp_size)
+        slices.append(slice(start, stop))
+        start = stop
+    return tuple(slices)
+
+
+def split_parts(
+    full_tensor: torch.Tensor, sharding: ParameterSharding
+) -> tuple[torch.Tensor, ...]:
+    """Cut a fused full tensor into the full tensors of its parts (views).
+
+    Args:
+        full_tensor: shape = sharding.shape.
+    """
+    _check_shape("the full parameter", full_tensor, sharding.shape)
+    if sharding.dim is None:
+        return (full_tensor,)
+    return full_tensor.split([part.size for part in sharding.parts], sharding.dim)
+
+
+def take_shard(
+    full_tensor: torch.Tensor,
+    sharding: ParameterSharding,
+    part: ShardPart,
+    tp_rank: int,
+    tp_size: int,
+) -> torch.Tensor:
+    """The piece of one part that a rank holds.
+
+    Args:
+        full_tensor: the part's full tensor as in the checkpoint: sharding.shape with
+            the sharded dim replaced by part.size.
+        sharding: the parameter the part belongs to.
+        part: one of sharding.parts.
+        tp_rank: the rank.
+        tp_size: number of ranks.
+
+    Returns:
+        A view where there is no padding; where the rank's piece reaches into the
+        padding, a new tensor whose rows beyond the checkpoint's are zero.
+    """
+    dim = sharding.dim
+    if dim is None:
+        _check_shape("a replicated parameter", full_tensor, sharding.shape)
+        return full_tensor
+    expected = list(sharding.shape)
+    expected[dim] = part.size
+    _check_shape(
+        f"part {part.name or part.shard_id or 'weight'}", full_tensor, expected
+    )
+    size = part.local_size(tp_size)
+    start = tp_rank // part.replicas * size
+    real = max(0, min(size, part.size - start))
+    piece = full_tensor.narrow(dim, min(start, part.size), real)
+    if real == size:
+        return piece
+    padding = list(piece.shape)
+    padding[dim] = size - real
+    return torch.cat((piece, piece.new_zeros(padding)), dim)
+
+
+def local_from_full(
+    full_tensor: torch.Tensor,
+    sharding: ParameterSharding,
+    tp_rank: int,
+    tp_size: int,
+) -> torch.Tensor:
+    """The local parameter of a rank, from the full parameter.
+
+    Args:
+        full_tensor: shape = sharding.shape.
+
+    Returns:
+        shape = local_shape(sharding, tp_size).
+    """
+    pieces = [
+        take_shard(full, sharding, part, tp_rank, tp_size)
+        for full, part in zip(
+            split_parts(full_tensor, sharding), sharding.parts, strict=True
+        )
+    ]
+    return pieces[0] if sharding.dim is None else torch.cat(pieces, sharding.dim)
+
+
+def _check_shape(
+    what: str, tensor: torch.Tensor, expected: torch.Size | list[int]
+) -> None:
+    if list(tensor.shape) != list(expected):
+        raise ValueError(
+            f"The tensor for {what} has shape {tuple(tensor.shape)}; "
+            f"{tuple(expected)} is needed."
+        )

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Where this process stands in the parallel world, as one immutable value.
+
+A model builder gets a `ParallelContext` from the engine, a trainer gets one from
+`vllm.training.initialize_parallel`, and every layer of
+`vllm.model_executor.layers.training` takes one. With it in hand a layer reads no
+process-global state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed import DeviceMesh, ProcessGroup
+
+_AXES = ("tp", "pp", "dp")
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Ranks, sizes and process groups of tensor, pipeline and data parallelism.
+
+    Ranks are laid out as in vLLM: data parallel outermost, then pipeline, then
+    tensor parallel, whose ranks are adjacent.
+
+    A context belongs to the process that made it. One that holds process groups
+    cannot be pickled; copying it (also as part of a module) returns the same object.
+
+    Attributes:
+        tp_rank: rank within the tensor-parallel group.
+        tp_size: number of tensor-parallel ranks.
+        pp_rank: rank within the pipeline-parallel group, i.e. the stage.
+        pp_size: number of pipeline stages.
+        dp_rank: rank within the data-parallel group.
+        dp_size: number of data-parallel replicas.
+        rank: rank among all processes.
+        world_size: number of all processes; by default the product of the sizes.
+        local_rank: rank on this host, which picks the device.
+        device: the device of this rank; CPU by default.
+        tp_group: group for tensor-parallel collectives, None when tp_size is 1.
+        pp_group: group for pipeline transfers, None when pp_size is 1.
+        dp_group: group for data-parallel collectives, None when dp_size is 1.
+        tp_reduction_shards: the number of partial products that a row-parallel
+            output is the ordered sum of (DESIGN §5e). It is tp_size by default; a
+            trainer with a smaller tensor-parallel size reproduces the arithmetic of
+            an engine with a larger one by naming the engine's size here. A
+            multiple of tp_size.
+    """
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    rank: int = 0
+    world_size: int = field(default=None)  # type: ignore[assignment]
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    tp_group: ProcessGroup | None = field(default=None, repr=False)
+    pp_group: ProcessGroup | None = field(default=None, repr=False)
+    dp_group: ProcessGroup | None = field(default=None, repr=False)
+    tp_reduction_shards: int = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", torch.device(self.device))
+        model_size = 1
+        for axis in _AXES:
+            rank, size = getattr(self, f"{axis}_rank"), getattr(self, f"{axis}_size")
+            _check_rank(f"{axis}_rank", rank, f"{axis}_size", size)
+            _check_group(axis, rank, size, getattr(self, f"{axis}_group"))
+            model_size *= size
+        if self.world_size is None:
+            object.__setattr__(self, "world_size", model_size)
+        _check_rank("rank", self.rank, "world_size", self.world_size)
+        if self.world_size % model_size:
+            raise ValueError(
+                f"world_size={self.world_size} is not a multiple of tp_size * pp_size "
+                f"* dp_size = {self.tp_size} * {self.pp_size} * {self.dp_size} = "
+                f"{model_size}; every process belongs to exactly one group of each "
+                "kind, so change a size or the number of processes."
+            )
+        if self.tp_reduction_shards is None:
+            object.__setattr__(self, "tp_reduction_shards", self.tp_size)
+        shards = self.tp_reduction_shards
+        if not _is_count(shards) or shards % self.tp_size:
+            raise ValueError(
+                f"tp_reduction_shards={shards!r} must be a positive multiple of "
+                f"tp_size={self.tp_size}: each tensor-parallel rank adds up a whole "
+                "number of partial products. Give the tensor-parallel size of the "
+                "engine to be reproduced, or leave it out."
+            )
+
+    @classmethod
+    def single(cls, device: torch.device | str | None = None) -> ParallelContext:
+        """The context of a process on its own: every size 1, no groups.
+
+        Args:
+            device: device of the process; CPU by default.
+        """
+        return cls(device=torch.device(device or "cpu"))
+
+    @classmethod
+    def current(cls) -> ParallelContext:
+        """The context of vLLM's process groups in this process.
+
+        Returns:
+            The context, inside a vLLM worker or after
+            `vllm.training.initialize_parallel`.
+
+        Raises:
+            RuntimeError: the groups do not exist.
+        """
+        from vllm.model_executor import upstream
+
+        if not upstream.model_parallel_is_initialized():
+            raise RuntimeError(
+                "ParallelContext.current() needs vLLM's process groups, and this "
+                "process has none. In a trainer call "
+                "vllm.training.initialize_parallel(tensor_parallel_size=...) first; "
+                "in a model builder use the parallel_context that the builder "
+                "receives; without parallelism use ParallelContext.single()."
+            )
+        axes: dict[str, Any] = {}
+        for axis, group in (
+            ("tp", upstream.get_tp_group()),
+            ("pp", upstream.get_pp_group()),
+            ("dp", upstream.get_dp_group()),
+        ):
+            axes[f"{axis}_rank"] = group.rank_in_group
+            axes[f"{axis}_size"] = group.world_size
+            axes[f"{axis}_group"] = group.device_group if group.world_size > 1 else None
+        world = upstream.get_world_group()
+        return cls(
+            rank=world.rank,
+            world_size=world.world_size,
+            local_rank=world.local_rank,
+            device=world.device,
+            **axes,
+        )
+
+    @classmethod
+    def current_or_single(cls) -> ParallelContext:
+        """`current()` where vLLM's groups exist, else `single()`.
+
+        This is what a layer uses that was given no context.
+        """
+        from vllm.model_executor import upstream
+
+        if upstream.model_parallel_is_initialized():
+            return cls.current()
+        return cls.single()
+
+    def device_mesh(self) -> DeviceMesh:
+        """A mesh with dims ("dp", "pp", "tp") over the context's own groups.
+
+        For DTensor and FSDP2: `fully_shard(model, mesh=context.device_mesh()["dp"])`.
+        All ranks call it together, once; it makes a group of one for each dim of
+        size 1.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised, or a group is missing.
+        """
+        if not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "device_mesh() needs torch.distributed, which is not initialised in "
+                "this process. Call vllm.training.initialize_parallel() first; it "
+                "also works for a single process."
+            )
+        model_size = self.dp_size * self.pp_size * self.tp_size
+        first = self.rank - self.rank % model_size
+        ranks = torch.arange(first, first + model_size)
+        groups = []
+        for axis in ("dp", "pp", "tp"):
+            if getattr(self, f"{axis}_size") > 1:
+                groups.append(self.group(axis))
+            else:
+                groups.append(
+                    torch.distributed.new_group(
+                        [self.rank], use_local_synchronization=True
+                    )
+                )
+        return DeviceMesh.from_group(
+            groups,
+            self.device.type,
+            mesh=ranks.view(self.dp_size, self.pp_size, self.tp_size),
+            mesh_dim_names=("dp", "pp", "tp"),
+        )
+
+    def group(self, axis: str) -> ProcessGroup:
+        """The process group of one axis, for a collective over it.
+
+        Args:
+            axis: "tp", "pp" or "dp".
+
+        Raises:
+            RuntimeError: the context has no such group.
+        """
+        group = getattr(self, f"{axis}_group")
+        if group is None:
+            raise RuntimeError(
+                f"A collective over {axis} needs a process group, and this "
+                f"ParallelContext has {axis}_size={getattr(self, f'{axis}_size')} but "
+                f"{axis}_group=None. Take the context from "
+                "vllm.training.initialize_parallel() or from the engine."
+            )
+        return group
+
+    def __copy__(self) -> ParallelContext:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelContext:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if any(getattr(self, f"{axis}_group") is not None for axis in _AXES):
+            _refuse_pickle(self)
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+
+def _refuse_pickle(context: ParallelContext) -> NoReturn:
+    raise TypeError(
+        f"{context} holds process groups, which exist only in the process that made "
+        "them, so it cannot be pickled or sent. Save state_dict() instead of the "
+        "module; in a model builder take parallel_context as a parameter instead of "
+        "capturing one."
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_rank(rank_name: str, rank: int, size_name: str, size: int) -> None:
+    if not _is_count(size):
+        raise ValueError(f"{size_name}={size!r} must be an integer of at least 1.")
+    if not isinstance(rank, int) or not 0 <= rank < size:
+        raise ValueError(
+            f"{rank_name}={rank!r} must be an integer from 0 to {size - 1}, because "
+            f"{size_name}={size}."
+        )
+
+
+def _check_group(axis: str, rank: int, size: int, group: ProcessGroup | None) -> None:
+    if group is None:
+        return
+    if size == 1:
+        raise ValueError(
+            f"{axis}_group was given although {axis}_size=1; a group of one process "
+            "is not used, so pass None."
+        )
+    if (group.size(), group.rank()) != (size, rank):
+        raise ValueError(
+            f"{axis}_group has size {group.size()} and this process is rank "
+            f"{group.rank()} in it, but {axis}_size={size} and {axis}_rank={rank}; "
+            "give the group that the sizes were taken from."
+        )

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Process groups of a trainer, which are vLLM's own."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from vllm.logger import init_logger
+from vllm.model_executor import upstream
+from vllm.model_executor.parallel_context import ParallelContext
+
+logger = init_logger(__name__)
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """This process among those that were started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def initialize_parallel(
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    *,
+    backend: str | None = None,
+) -> ParallelContext:
+    """Set up vLLM's process groups in a trainer.
+
+    Every process of the job calls it once, started by torchrun or with its
+    environment variables set; a process started on its own is a world of one. The
+    processes left over by tensor and pipeline parallelism form the data-parallel
+    groups. Ranks of one tensor-parallel group are adjacent.
+
+    Where the groups exist already with the same sizes, their context is returned.
+
+    Args:
+        tensor_parallel_size: number of tensor-parallel ranks.
+        pipeline_parallel_size: number of pipeline stages.
+        backend: torch.distributed backend; that of vLLM's platform if None ("nccl"
+            on CUDA, "gloo" on CPU).
+
+    Returns:
+        The context for layers and model builders, on device cuda:local_rank or cpu.
+
+    Raises:
+        ValueError: sizes that do not divide the world.
+        RuntimeError: the groups exist with other sizes, or the launcher's
+            environment variables are incomplete.
+    """
+    for name, size in (
+        ("tensor_parallel_size", tensor_parallel_size),
+        ("pipeline_parallel_size", pipeline_parallel_size),
+    ):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be an integer of at least 1.")
+    if upstream.model_parallel_is_initialized():
+        return _existing(tensor_parallel_size, pipeline_parallel_size)
+
+    launch = _read_launch()
+    model_size = tensor_parallel_size * pipeline_parallel_size
+    if launch.world_size % model_size:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} times "
+            f"pipeline_parallel_size={pipeline_parallel_size} is {model_size}, which "
+            f"does not divide the world of {launch.world_size} process(es). Start a "
+            f"multiple of {model_size} processes, e.g. torchrun --nproc-per-node "
+            f"{model_size}, or choose smaller sizes."
+        )
+    platform = upstream.current_platform
+    backend = backend or platform.dist_backend
+    if platform.is_cuda_alike():
+        torch.cuda.set_device(launch.local_rank)
+    _start_torch_distributed(launch, backend)
+    with _kept_environment():
+        _start_vllm_groups(
+            launch, backend, tensor_parallel_size, pipeline_parallel_size
+        )
+    context = ParallelContext.current()
+    logger.info("Parallel training groups: %s", context)
+    return context
+
+
+def destroy_parallel() -> None:
+    """Take down what `initialize_parallel` set up, torch.distributed included.
+
+    Contexts and layers made from it can no longer communicate. Does nothing where
+    there are no groups.
+    """
+    upstream.destroy_model_parallel()
+    upstream.destroy_distributed_environment()
+
+
+def _existing(
+    tensor_parallel_size: int, pipeline_parallel_size: int
+) -> ParallelContext:
+    context = ParallelContext.current()
+    if (context.tp_size, context.pp_size) != (
+        tensor_parallel_size,
+        pipeline_parallel_size,
+    ):
+        raise RuntimeError(
+            "vLLM's process groups exist in this process with "
+            f"tensor_parallel_size={context.tp_size} and "
+            f"pipeline_parallel_size={context.pp_size}; "
+            f"{tensor_parallel_size} and {pipeline_parallel_size} were asked for. "
+            "Call vllm.training.destroy_parallel() first, in every process."
+        )
+    return context
+
+
+def _read_launch() -> _Launch:
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return _Launch(rank, dist.get_world_size(), local_rank)
+    found = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        return _Launch(0, 1, int(os.environ.get("LOCAL_RANK", 0)))
+    missing = sorted(set(_LAUNCHER_VARIABLES) - set(found))
+    if missing:
+        raise RuntimeError(
+            f"The environment has {', '.join(found)} but not {', '.join(missing)}; "
+            "torchrun sets all of them. Start the script with torchrun, or unset "
+            "them to run a single process."
+        )
+    rank = int(os.environ["RANK"])
+    return _Launch(
+        rank,
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ.get("LOCAL_RANK", rank)),
+    )
+
+
+def _start_torch_distributed(launch: _Launch, backend: str) -> None:
+    """Start a world of one without file or port; leave a larger one to vLLM."""
+    if launch.world_size == 1 and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _start_vllm_groups(
+    launch: _Launch, backend: str, tp_size: int, pp_size: int
+) -> None:
+    config = upstream.VllmConfig()
+    with upstream.set_current_vllm_config(config):
+        upstream.init_distributed_environment(
+            world_size=launch.world_size,
+            rank=launch.rank,
+            distributed_init_method="env://",
+            local_rank=launch.local_rank,
+            backend=backend,
+        )
+        # vLLM's CPU communicator names its shared memory after this variable.
+        ident = [f"training-{uuid.uuid4().hex}"]
+        dist.broadcast_object_list(ident, src=0)
+        os.environ["VLLM_DIST_IDENT"] = ident[0]
+        # Set only now: before, it would make vLLM renumber the ranks.
+        config.parallel_config.data_parallel_size = launch.world_size // (
+            tp_size * pp_size
+        )
+        upstream.initialize_model_parallel(tp_size, pp_size, backend=backend)
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Undo the environment variables that building a vLLM config sets.
+
+    They prepare an engine's worker processes (LD_PRELOAD, LOCAL_WORLD_SIZE and
+    others) and would reach every child of the trainer.
+    """
+    saved = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(saved):
+            del os.environ[name]
+        os.environ.update(saved)
