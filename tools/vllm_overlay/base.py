@@ -18,6 +18,7 @@ from pathlib import Path
 from vllm_overlay.common import CHECKOUT, OverlayError, sha256_file
 
 DEVICES = ("cpu", "cuda")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def find_device(environ: Mapping[str, str] = os.environ) -> str:
                 f"{' or '.join(DEVICES)}, or unset it to take what the machine has"
             )
         return device
-    has_driver = Path("/proc/driver/nvidia/version").exists()
-    if has_driver or shutil.which("nvidia-smi") or torch_is_cuda():
+    if NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") or torch_is_cuda():
         return "cuda"
     return "cpu"
 

@@ -104,6 +104,7 @@ def apply(site: Path, checkout: Path, link: bool) -> str:
 def revert(site: Path, checkout: Path) -> str:
     """Take the overlay off an installed vLLM; see ``apply``."""
     if Manifest.read(site) is None:
+        temporary_beside(site / MANIFEST).unlink(missing_ok=True)
         return f"{site}: no overlay, nothing to do"
     plan = _plan(site, checkout, Series(()), None)
     if plan.problems:
@@ -217,6 +218,7 @@ def _carry_out(plan: Plan, link: bool) -> None:
         own = {} if emptied else {MANIFEST: final}
         gone = {*plan.removed, *([MANIFEST] if emptied else [])}
         update_record(plan.dist_info, plan.contents | own, gone)
+        temporary_beside(plan.dist_info / "RECORD").unlink(missing_ok=True)
     if emptied:
         (site / MANIFEST).unlink()
     else:

@@ -186,7 +186,11 @@ class _Parser:
                     self.at + offset,
                 )
         if kinds.count(" ") != counts[0] or len(kinds) != counts[1]:
-            raise self.fail("the counts after '@@' do not match the hunk", start)
+            raise self.fail(
+                "the counts after '@@' do not match the context and added lines of the "
+                "hunk; a patch only adds lines",
+                start,
+            )
         runs = re.split(r"\++", kinds)
         if len(runs) < 2:
             raise self.fail("the hunk adds nothing", start)
@@ -244,4 +248,4 @@ def parse_patch(name: str, text: str) -> Patch:
 
 def read_patch(path: Path) -> Patch:
     """Parse the patch at ``path``."""
-    return parse_patch(path.name, path.read_text(encoding="utf-8"))
+    return parse_patch(path.name, path.read_bytes().decode("utf-8"))
