@@ -142,7 +142,8 @@ class TrainableAttention(TrainingLayer):
         """Create vLLM's attention under the layer's module path.
 
         Raises:
-            ValueError: the layer is not causal.
+            ValueError: the layer is not causal, or the engine's attention backend
+                has no kernel for its head size.
         """
         if not self.spec.causal:
             raise ValueError(
@@ -166,6 +167,14 @@ class TrainableAttention(TrainingLayer):
             per_layer_sliding_window=self.spec.sliding_window,
             prefix=prefix,
         )
+        backend = self.engine.attn_backend
+        if not backend.supports_head_size(self.head_size):
+            raise ValueError(
+                f"{prefix}: vLLM's {backend.get_name()} backend has no kernel for "
+                f"head_size={self.head_size}; it has "
+                f"{backend.get_supported_head_sizes()}. Choose such a size or another "
+                "attention backend."
+            )
         return self
 
     def extra_repr(self) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class _VocabParallel(TrainingLayer):
     """The weight of one row a token, cut over the ranks by rows."""
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         num_embeddings: int,
@@ -152,6 +154,8 @@ class ParallelLMHead(_VocabParallel):
         weight: shape = [num_embeddings_per_partition, embedding_dim]
         bias: shape = [num_embeddings_per_partition] or None
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,

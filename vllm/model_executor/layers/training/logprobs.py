@@ -171,9 +171,10 @@ class _TokenLogprobs(Function):
         count = head.num_local_tokens
         weight_rows = weight[:count]
         bias_rows = None if bias is None else bias[:count]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         for rows in _chunks(len(hidden), head.vocab_size):
             logits = F.linear(hidden[rows], weight_rows, bias_rows)
             logits = _tempered(logits, ctx.temperature, dtype).to(dtype)
@@ -184,13 +185,15 @@ class _TokenLogprobs(Function):
             if count:
                 grad_logits.scatter_add_(1, index.where(local, 0), g.where(local, 0))
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight_rows
-            grad_weight[:count] += grad_logits.T @ hidden[rows]
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight_rows
+            if grad_weight is not None:
+                grad_weight[:count] += grad_logits.T @ hidden[rows]
             if grad_bias is not None:
                 grad_bias[:count] += grad_logits.sum(0)
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
             None,
             None,

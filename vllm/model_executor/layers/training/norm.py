@@ -29,6 +29,8 @@ class RMSNorm(TrainingLayer):
         weight: shape = [hidden_size]
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,

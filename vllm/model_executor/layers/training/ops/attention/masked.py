@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm.model_executor.layers.training.ops.attention.packing import each_sequence
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 
 NAME = "plain torch with a mask"
@@ -26,8 +27,7 @@ def attention_masked(
     spec: AttentionSpec,
 ) -> torch.Tensor:
     """Attention within each sequence; arguments as in `attention_reference`."""
-    pieces = [tensor.split(list(seqlens)) for tensor in (query, key, value)]
-    return torch.cat([_one_sequence(*qkv, spec) for qkv in zip(*pieces, strict=True)])
+    return each_sequence(_one_sequence, query, key, value, seqlens, spec)
 
 
 def _one_sequence(
