@@ -62,7 +62,7 @@ test-upstream: setup $(VENV)/.upstream-requirements
 lint: setup $(VENV)/.lint-requirements
 	$(VENV)/bin/pre-commit run --all-files
 
-docs: setup $(VENV)/.docs-requirements
+docs: $(VENV)/.docs-requirements
 	$(PY) -m mkdocs build --strict --site-dir build/docs
 
 clean:
