@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Settings and fixtures of the whole suite."""
+
+import os
+
+# Before vLLM is imported. Engines run in the test's process unless a test asks for
+# more, and eagerly: a compilation per engine would take most of the suite's time.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    from vllm import ModelRegistry
+    from vllm.model_executor import upstream
+    from vllm.model_executor.models.builder import registration
+
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    monkeypatch.setattr(registration, "_targets", {})
+    yield
+    upstream.MODEL_ARCH_BY_HASH.clear()
+
+
+@pytest.fixture
+def make_llm(clean_registry):
+    """`make_llm(directory, **options)` starts an engine that ends with the test."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engines = []
+
+    def make(directory, **options):
+        stop_all()
+        options = {"dtype": "float32", "max_model_len": 256} | options
+        options |= {"disable_log_stats": True, "skip_tokenizer_init": True}
+        engines.append(LLM(str(directory), **options))
+        return engines[-1]
+
+    def stop_all():
+        while engines:
+            engines.pop().llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    yield make
+    stop_all()

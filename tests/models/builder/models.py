@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Models that the tests of builders serve, and how they are saved."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vllm.model_executor.layers.training import TrainableAttention
+from vllm.model_executor.models.builder import model_builder
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerConfig,
+    GenericTransformerForCausalLM,
+)
+
+GENERIC = "GenericTransformerForCausalLM"
+PLAIN = "PlainGPT"
+PLAIN_FIELDS = {
+    "architectures": [PLAIN],
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.attention = TrainableAttention(heads, hidden // heads)
+        self.out = nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, seq, hidden = x.shape
+        q, k, v = (
+            part.view(batch, seq, self.heads, -1)
+            for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
+        x = x + self.out(self.attention(q, k, v).reshape(batch, seq, hidden))
+        return x + self.mlp(self.norms[1](x))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 in plain PyTorch but for attention; written for `[batch, seq]`."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        self.tokens = nn.Embedding(config.vocab_size, hidden)
+        self.places = nn.Embedding(config.max_position_embeddings, hidden)
+        self.blocks = nn.ModuleList(
+            PlainBlock(hidden, config.num_attention_heads)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(hidden)
+        self.to_vocab = nn.Linear(hidden, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(input_ids) + self.places(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.to_vocab(self.norm(x))
+
+
+def build_plain(config):
+    return PlainGPT(config)
+
+
+def build_generic(config, parallel_context):
+    return GenericTransformerForCausalLM(config, parallel_context)
+
+
+class ScaledGPT(PlainGPT):
+    """Does something to the logits after the head."""
+
+    def forward(self, input_ids, positions):
+        return super().forward(input_ids, positions) * 2
+
+
+@model_builder(head="to_vocab", batched=True)
+def build_scaled(config):
+    return ScaledGPT(config)
+
+
+def save_plain(directory: Path, **fields) -> PlainGPT:
+    """A `PlainGPT` in a model directory without tokenizer or `model_type`."""
+    from transformers import PreTrainedConfig
+
+    fields = PLAIN_FIELDS | fields
+    torch.manual_seed(0)
+    model = PlainGPT(PreTrainedConfig(**fields))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    save_file(model.state_dict(), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(fields))
+    return model
+
+
+def save_generic(directory: Path, **sizes) -> GenericTransformerForCausalLM:
+    """A `GenericTransformerForCausalLM` whose tokens depend on the prompt."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    } | sizes
+    model = GenericTransformerForCausalLM(GenericTransformerConfig(**sizes))
+    model.save_pretrained(directory)
+    return model
+
+
+def greedy(llm, prompts: list[list[int]], max_tokens: int = 8) -> list:
+    """Completions of one token at a time, with logprobs."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=0, detokenize=False, logprobs=0
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+    )
+    return [output.outputs[0] for output in outputs]
+
+
+@torch.no_grad()
+def assert_trainer_agrees(model, prompts, completions, atol: float = 1e-3) -> None:
+    """The training model, on its own, says the same tokens and logprobs."""
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens = list(completion.token_ids)
+        ids = torch.tensor([prompt + tokens])
+        positions = torch.arange(ids.shape[1])[None]
+        logprobs = model(ids, positions).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        assert logprobs.argmax(-1).tolist() == tokens
+        engine = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs)]
+        torch.testing.assert_close(
+            torch.tensor(engine), logprobs.amax(-1), atol=atol, rtol=0
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Layer names, and telling what a built module is."""
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from vllm.model_executor.layers.training import (
+    ColumnParallelLinear,
+    TrainableAttention,
+)
+from vllm.model_executor.models.builder.binding import (
+    attention_layer_name,
+    bind_engine_layers,
+)
+from vllm.model_executor.models.builder.model import (
+    find_head,
+    has_vllm_interface,
+    is_batched,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model.layers.3.attn", "model.layers.3.attn"),
+        ("attn", "attn.5"),
+        ("blocks.1.sub.2.attn", "blocks1.sub2.attn.5"),
+        ("0.1", "m01.5"),
+    ],
+)
+def test_attention_layers_are_named_after_their_path(path, name):
+    assert attention_layer_name(path, 5) == name
+    assert extract_layer_index(name) == (3 if "3" in path else 5)
+
+
+def test_one_attention_in_two_places_is_refused(monkeypatch):
+    attention = TrainableAttention(2, 32)
+    monkeypatch.setattr(attention, "bind_engine", lambda config, name: attention)
+    module = nn.ModuleDict({"first": attention, "second": attention})
+    with pytest.raises(ValueError, match="'first' and 'second' are one Train"):
+        bind_engine_layers(module, SimpleNamespace())
+
+
+def test_layers_are_replaced_everywhere_and_stay_tied(monkeypatch):
+    linear = ColumnParallelLinear(4, 4, bias=False)
+    other = nn.Linear(4, 4, bias=False)
+    other.weight = linear.weight
+    module = nn.ModuleDict({"a": linear, "b": nn.Sequential(linear), "c": other})
+    replacement = nn.Linear(4, 4, bias=False)
+    monkeypatch.setattr(linear, "bind_engine", lambda config, name: replacement)
+    bind_engine_layers(module, SimpleNamespace())
+    assert module["a"] is module["b"][0] is replacement
+    assert module["c"].weight is replacement.weight
+
+
+def test_a_users_subclass_is_left_alone():
+    class Doubled(ColumnParallelLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = nn.Sequential(Doubled(4, 4))
+    bind_engine_layers(module, SimpleNamespace())
+    assert type(module[0]) is Doubled
+
+
+def config(hidden=4, vocab=10):
+    text = SimpleNamespace(hidden_size=hidden, vocab_size=vocab)
+    return SimpleNamespace(get_text_config=lambda: text)
+
+
+def test_the_head_is_found():
+    head = nn.Linear(4, 10)
+    named = nn.ModuleDict({"lm_head": head, "other": nn.Linear(4, 10)})
+    assert find_head(named, None, config(), "b") == "lm_head"
+    by_shape = nn.ModuleDict(
+        {"tokens": nn.Embedding(10, 4), "mid": nn.Linear(4, 4), "out": head}
+    )
+    assert find_head(by_shape, None, config(), "b") == "out"
+    assert find_head(named, "other", config(), "b") == "other"
+
+
+def test_the_head_is_ambiguous_or_missing():
+    two = nn.ModuleDict({"x": nn.Linear(4, 10), "y": nn.Linear(4, 10)})
+    with pytest.raises(ValueError, match=r"\['x', 'y'\].*model_builder\(head="):
+        find_head(two, None, config(), "b")
+    with pytest.raises(ValueError, match="none with a weight of shape"):
+        find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, config(), "b")
+    with pytest.raises(ValueError, match="no such submodule; it has x, y"):
+        find_head(two, "head", config(), "b")
+
+
+def test_the_layout_follows_the_signature():
+    class Packed(nn.Module):
+        def forward(self, input_ids, positions, cu_seqlens=None): ...
+
+    class Batched(nn.Module):
+        def forward(self, ids, at): ...
+
+    class IdsOnly(nn.Module):
+        def forward(self, ids): ...
+
+    assert is_batched(Packed(), None, "b") is False
+    assert is_batched(Packed(), True, "b") is True
+    assert is_batched(Batched(), None, "b") is True
+    assert is_batched(Batched(), False, "b") is False
+    with pytest.raises(TypeError, match="IdsOnly, built by b, cannot be called as"):
+        is_batched(IdsOnly(), None, "b")
+
+
+def test_half_an_engine_interface_is_refused():
+    class Half(nn.Module):
+        def forward(self, input_ids, positions): ...
+
+        def compute_logits(self, hidden_states): ...
+
+    assert not has_vllm_interface(nn.Linear(1, 1), "b")
+    with pytest.raises(TypeError, match="lacks embed_input_ids, load_weights"):
+        has_vllm_interface(Half(), "b")
+    Half.embed_input_ids = Half.load_weights = Half.compute_logits
+    assert has_vllm_interface(Half(), "b")

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Built models in a real engine."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.models.builder.models import (
+    GENERIC,
+    PLAIN,
+    assert_trainer_agrees,
+    build_generic,
+    build_plain,
+    build_scaled,
+    greedy,
+    save_generic,
+    save_plain,
+)
+from vllm import ModelRegistry
+from vllm.model_executor.models.builder import model_builder
+from vllm.training.weights import checkpoint_tensors
+
+PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
+
+
+def test_a_model_in_plain_pytorch(make_llm, tmp_path):
+    model = save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_plain)
+    llm = make_llm(tmp_path)
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_generic_transformer(make_llm, tmp_path, tied, dtype):
+    model = save_generic(tmp_path, tie_word_embeddings=tied)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    completions = greedy(make_llm(tmp_path, dtype=dtype), PROMPTS)
+    if dtype == "float32":
+        assert_trainer_agrees(model, PROMPTS, completions)
+    else:  # tokens may differ where two are nearly as likely
+        assert all(len(completion.token_ids) == 8 for completion in completions)
+
+
+def test_a_lazy_builder_in_model_class_overrides(make_llm, tmp_path):
+    model = save_plain(tmp_path)
+    overrides = {PLAIN: f"{build_plain.__module__}:build_plain"}
+    llm = make_llm(tmp_path, model_class_overrides=overrides)
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
+def test_weights_are_synchronised(make_llm, tmp_path):
+    model = save_generic(tmp_path)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    llm = make_llm(tmp_path)
+    before = greedy(llm, PROMPTS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    tensors = list(checkpoint_tensors(model))
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+    llm.reset_prefix_cache()
+    after = greedy(llm, PROMPTS)
+    assert_trainer_agrees(model, PROMPTS, after)
+    assert [c.token_ids for c in before] != [c.token_ids for c in after]
+
+
+def test_a_module_with_the_engine_interface_is_used_as_it_is(make_llm, tmp_path):
+    from vllm.model_executor.models.generic_transformer import (
+        GenericTransformerForCausalLMVLLM,
+    )
+
+    model = save_generic(tmp_path)
+    ModelRegistry.register_model(
+        GENERIC,
+        lambda vllm_config, prefix: GenericTransformerForCausalLMVLLM(
+            vllm_config, prefix
+        ),
+    )
+    llm = make_llm(tmp_path)
+    (served,) = llm.apply_model(type)
+    assert served is GenericTransformerForCausalLMVLLM
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
+def test_parameter_names_are_those_of_the_built_module(make_llm, tmp_path):
+    model = save_generic(tmp_path)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    llm = make_llm(tmp_path)
+    (served,) = llm.apply_model(lambda m: [name for name, _ in m.named_parameters()])
+    assert served == [name for name, _ in model.named_parameters()]
+
+
+def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path):
+    """Nothing of the builder can be imported: it is a closure of this function."""
+    model = save_generic(tmp_path)
+    scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def main():
+        seen = {"scale": scale}
+
+        def build(config, parallel_context):
+            assert seen["scale"].item() == 1
+            assert parallel_context.tp_size == 2
+            return build_generic(config, parallel_context)
+
+        ModelRegistry.register_model(GENERIC, build)
+        return make_llm(tmp_path, tensor_parallel_size=2)
+
+    llm = main()
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+    ranks = llm.collective_rpc(lambda worker: worker.model_runner.model.lm_head.tp_size)
+    assert ranks == [2, 2]
+
+
+def test_what_follows_the_head_is_refused(make_llm, tmp_path):
+    save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_scaled)
+    with pytest.raises(TypeError, match="does not return the output of its head 'to_vo"):
+        make_llm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda config: None, TypeError, "returned NoneType, but it must return"),
+        (lambda config: 1 // 0, ZeroDivisionError, "division"),
+        (
+            model_builder(head="head")(lambda config: build_plain(config)),
+            ValueError,
+            "names the head 'head', but the module has no such submodule",
+        ),
+        (lambda config: nn.Linear(2, 2), TypeError, "cannot be called as forward"),
+    ],
+)
+def test_builders_that_fail(make_llm, tmp_path, build, error, message):
+    save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build)
+    with pytest.raises(error, match=message):
+        make_llm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+        ({"hidden_size": None, "vocab_size": None}, "lacks hidden_size, vocab_size"),
+        ({"num_hidden_layers": "two"}, "'num_hidden_layers': 'two'.*whole numbers"),
+        ({"num_attention_heads": 3}, "64 is not divisible by num_attention_heads 3"),
+        ({"num_key_value_heads": 4}, "2 is not a multiple of num_key_value_heads 4"),
+    ],
+)
+def test_configs_that_do_not_do(make_llm, tmp_path, fields, message):
+    save_plain(tmp_path)
+    path = tmp_path / "config.json"
+    merged = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
+    ModelRegistry.register_model(PLAIN, build_plain)
+    with pytest.raises(ValueError, match=message):
+        make_llm(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_whole(make_llm, tmp_path):
+    save_generic(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.self_attn.k_proj.weight"], tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3)
+    save_file(tensors, path)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    with pytest.raises(ValueError) as error:
+        make_llm(tmp_path)
+    message = str(error.value)
+    assert (
+        "Missing (2): model.layers.0.self_attn.k_proj.weight; model.norm.weight."
+        in message
+    )
+    assert "Not in the model (1): model.layers.7.mlp.up_proj.weight." in message
+    assert "model.layers.1.mlp.up_proj.weight is [3, 3], the model needs [384" in message
+
+
+def test_heads_that_the_ranks_do_not_divide(make_llm, tmp_path):
+    save_generic(tmp_path, num_attention_heads=3, num_key_value_heads=3, head_dim=32)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    with pytest.raises(ValueError, match="3.*2"):
+        make_llm(tmp_path, tensor_parallel_size=2)
+
+
+def test_a_head_size_without_a_kernel(make_llm, tmp_path):
+    save_generic(tmp_path, head_dim=16)
+    ModelRegistry.register_model(GENERIC, build_generic)
+    with pytest.raises(ValueError, match="attn.*head_size=16; it has .*64"):
+        make_llm(tmp_path)

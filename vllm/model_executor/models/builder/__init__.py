@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Models defined by a builder: a callable that returns a `torch.nn.Module`.
+
+`spec` says what a builder is, `registration` how it reaches every process,
+`config` how its `config.json` is read, `binding` how training layers become engine
+layers, and `model` what the engine instantiates.
+"""
+
+from vllm.model_executor.models.builder.spec import BuilderOptions, model_builder
+
+__all__ = ["BuilderOptions", "model_builder"]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Turning a module of training layers into one of engine layers, in place."""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from vllm.model_executor.layers.training.attention import TrainableAttention
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+TRAINING_LAYERS = "vllm.model_executor.layers.training."
+
+
+def bind_engine_layers(
+    module: nn.Module, vllm_config: "VllmConfig", prefix: str = ""
+) -> None:
+    """Put vLLM's layers in the place of training layers throughout `module`.
+
+    Parallel linears and embeddings become vLLM's own (their parameters keep their
+    names), attention gets a KV cache under its module path. Attention that is
+    already bound stays as it is, and so do a user's subclasses of other layers,
+    which run their own forward. Parameters that were tied stay tied.
+
+    Args:
+        module: Built inside an engine process; changed in place.
+        vllm_config: The engine's config.
+        prefix: Prepended to module paths in layer names.
+
+    Raises:
+        ValueError: One attention layer is used in two places, which would share
+            one KV cache.
+    """
+    tied = _tied_parameters(module)
+    replacements: dict[int, nn.Module] = {}
+    attention_paths: dict[int, str] = {}
+    places = list(module.named_modules(remove_duplicate=False))
+    for path, layer in places:
+        name = f"{prefix}.{path}" if prefix else path
+        if isinstance(layer, TrainableAttention):
+            if layer.engine is not None:
+                continue
+            if id(layer) in attention_paths:
+                raise ValueError(
+                    f"{attention_paths[id(layer)]!r} and {path!r} are one "
+                    "TrainableAttention. Each place needs its own KV cache: create "
+                    "one TrainableAttention per use (they hold no parameters)."
+                )
+            name = attention_layer_name(name, len(attention_paths))
+            attention_paths[id(layer)] = path
+        elif not type(layer).__module__.startswith(TRAINING_LAYERS):
+            continue
+        if id(layer) not in replacements:
+            replacements[id(layer)] = layer.bind_engine(vllm_config, name)
+        if replacements[id(layer)] is not layer:
+            _set_submodule(module, path, replacements[id(layer)])
+    for first, *others in tied:
+        parameter = module.get_parameter(first)
+        for other in others:
+            parent, _, name = other.rpartition(".")
+            setattr(module.get_submodule(parent), name, parameter)
+
+
+def attention_layer_name(path: str, index: int) -> str:
+    """The name of an attention layer's KV cache.
+
+    vLLM reads the layer's index from the only number in the name. A path with one
+    number is used as it is; in any other, numbers are attached to the word before
+    them and `index` is appended.
+
+    Args:
+        path: The module's path, such as `model.layers.3.attn`.
+        index: How many attention layers come before it.
+    """
+    parts = path.split(".")
+    if sum(part.isdecimal() for part in parts) == 1:
+        return path
+    words: list[str] = []
+    for part in parts:
+        if part.isdecimal() and words:
+            words[-1] += part
+        else:
+            words.append(f"m{part}" if part.isdecimal() else part)
+    return ".".join([*words, str(index)])
+
+
+def _tied_parameters(module: nn.Module) -> list[list[str]]:
+    """Names of each parameter that stands in several places."""
+    names = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _set_submodule(root: nn.Module, path: str, replacement: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, replacement)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the engine instantiates for a builder."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.base import skip_init
+from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.spec import BuilderSpec
+from vllm.training.weights import CheckpointLayout, EngineLoader
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+VLLM_INTERFACE = ("embed_input_ids", "forward", "compute_logits", "load_weights")
+
+
+def model_class(spec: BuilderSpec) -> type[nn.Module]:
+    """The class that `ModelRegistry` resolves a builder's architecture to."""
+    name = spec.name.rpartition(".")[2].strip("<>")
+    return type(name, (BuiltModel,), {"spec": spec, "__doc__": f"Built by {spec.name}."})
+
+
+class RegisteredBuilder(upstream.BaseRegisteredModel):
+    """A builder's entry in `ModelRegistry.models`."""
+
+    def __init__(self, spec: BuilderSpec) -> None:
+        self.model_cls = model_class(spec)
+
+    def load_model_cls(self) -> type[nn.Module]:
+        return self.model_cls
+
+    def inspect_model_cls(self) -> Any:
+        return upstream.ModelInfo.from_model_cls(self.model_cls)
+
+
+def has_vllm_interface(module: nn.Module, builder: str) -> bool:
+    """Whether a built module talks to the engine itself.
+
+    Raises:
+        TypeError: It has `compute_logits` but lacks another of `VLLM_INTERFACE`.
+    """
+    if not callable(getattr(module, "compute_logits", None)):
+        return False
+    missing = [n for n in VLLM_INTERFACE if not callable(getattr(module, n, None))]
+    if missing:
+        raise TypeError(
+            f"The builder {builder} returned {type(module).__name__}, which has "
+            f"compute_logits but lacks {', '.join(missing)}. A module either has all "
+            f"of {', '.join(VLLM_INTERFACE)} and is used as it is, or has no "
+            "compute_logits and forward(input_ids, positions) returns logits."
+        )
+    return True
+
+
+class HeadTap:
+    """Stands for a head's `forward`: lets hidden states through and remembers them."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.compute_logits: Callable[..., torch.Tensor] = head.forward
+        self.hidden_states: torch.Tensor | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.hidden_states = hidden_states
+        return hidden_states
+
+
+class BuiltModel(nn.Module):
+    """A training-only module behind the engine's interface.
+
+    It is a second view of the built module's tree: submodules, parameters and
+    buffers are the same objects under the same names. The head is left out of
+    `forward`, which so returns hidden states, and applied by `compute_logits`.
+
+    A builder that returns a module with the engine's interface gets no wrapper:
+    instantiating this class then gives that very module.
+    """
+
+    spec: ClassVar[BuilderSpec]
+
+    def __new__(cls, *, vllm_config: "VllmConfig", prefix: str = "") -> Any:
+        with skip_init():
+            module = cls.spec.build(vllm_config, prefix)
+        if has_vllm_interface(module, cls.spec.name):
+            bind_engine_layers(module, vllm_config, prefix)
+            return module
+        model = super().__new__(cls)
+        object.__setattr__(model, "module", module)
+        return model
+
+    module: nn.Module
+
+    def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
+        super().__init__()
+        module, options = self.module, self.spec.options
+        self._modules = module._modules
+        self._parameters = module._parameters
+        self._buffers = module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+
+        config = vllm_config.model_config.hf_config
+        self.batched = is_batched(module, options.batched, self.spec.name)
+        self.head_path = find_head(module, options.head, config, self.spec.name)
+        layout = CheckpointLayout.of(module)
+        strict = vllm_config.load_config.load_format != "dummy"
+        bind_engine_layers(module, vllm_config, prefix)
+
+        head = module.get_submodule(self.head_path)
+        self.head_tap = HeadTap(head)
+        head.forward = self.head_tap
+        vocab_size = config.get_text_config().vocab_size
+        object.__setattr__(self, "logits_processor", upstream.LogitsProcessor(vocab_size))
+        object.__setattr__(self, "loader", EngineLoader(self, layout, strict))
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Refused: a training-only module takes token ids only."""
+        raise NotImplementedError(_NO_EMBEDS.format(name=self.spec.name))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, as the head would receive them.
+
+        Args:
+            input_ids: Packed token ids, shape = [num_tokens].
+            positions: Each token's position, shape = [num_tokens].
+            intermediate_tensors: Refused unless None (one pipeline stage only).
+            inputs_embeds: Refused unless None.
+
+        Returns:
+            shape = [num_tokens, hidden_size].
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise NotImplementedError(_NO_EMBEDS.format(name=self.spec.name))
+        if self.batched:
+            input_ids, positions = input_ids[None], positions[None]
+        output = self.module(input_ids, positions)
+        if output is not self.head_tap.hidden_states:
+            raise TypeError(
+                f"forward of the module built by {self.spec.name} does not return "
+                f"the output of its head {self.head_path!r} unchanged, so logits "
+                "cannot be computed for the sampled positions alone. Move what "
+                "follows the head into the head module, or return a module with "
+                f"vLLM's interface ({', '.join(VLLM_INTERFACE)})."
+            )
+        self.head_tap.hidden_states = None
+        return output[0] if self.batched else output
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits, shape = [num_tokens, vocab_size]; None on ranks that sample nothing.
+
+        Args:
+            hidden_states: shape = [num_tokens, hidden_size].
+        """
+        head = self.module.get_submodule(self.head_path)
+        if isinstance(head, upstream.ParallelLMHead):
+            return self.logits_processor(head, hidden_states)
+        return self.head_tap.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""
+        return self.loader.load(weights)
+
+
+_NO_EMBEDS = (
+    "The module built by {name} takes token ids only; prompt embeddings need a "
+    "module with vLLM's interface (embed_input_ids and inputs_embeds)."
+)
+
+
+def is_batched(module: nn.Module, option: bool | None, builder: str) -> bool:
+    """Whether `module.forward` wants `[batch, seq]`; see `BuilderOptions.batched`.
+
+    Raises:
+        TypeError: `forward` cannot be called with `(input_ids, positions)`.
+    """
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"forward{signature} of {type(module).__name__}, built by {builder}, "
+            f"cannot be called as forward(input_ids, positions): {error}."
+        ) from error
+    return "cu_seqlens" not in signature.parameters if option is None else option
+
+
+def find_head(module: nn.Module, option: str | None, config: Any, builder: str) -> str:
+    """Path of the module that gives logits; see `BuilderOptions.head`.
+
+    Raises:
+        ValueError: There is none, or several could be it.
+    """
+    modules = dict(module.named_modules())
+    path = option or "lm_head"
+    if path in modules:
+        return path
+    if option is not None:
+        raise ValueError(
+            f"The builder {builder} names the head {option!r}, but the module has no "
+            f"such submodule; it has {', '.join(n for n in modules if n)}."
+        )
+    sizes = (config.get_text_config().vocab_size, config.get_text_config().hidden_size)
+    candidates = [
+        name
+        for name, part in modules.items()
+        if name and tuple(getattr(getattr(part, "weight", None), "shape", ())) == sizes
+        and not isinstance(part, (nn.Embedding, upstream.VocabParallelEmbedding))
+    ]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"Cannot tell which submodule of {type(module).__name__}, built by "
+            f"{builder}, is the head that turns hidden states into logits: it has no "
+            f"'lm_head', and {candidates or 'none'} with a weight of shape {sizes}. "
+            "Name it: @model_builder(head='path')."
+        )
+    return candidates[0]

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A decoder-only transformer that is written once, trained, and served.
+
+The layout is Llama's (grouped-query attention, rotary positions, RMSNorm, SwiGLU),
+and so are the names of the checkpoint's tensors.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training import (
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    RMSNorm,
+    RotaryEmbedding,
+    RowParallelLinear,
+    SiluAndMul,
+    VLLMFlashAttention,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.layers.training.base import init_skipped, skip_init
+from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.weights import (
+    CheckpointLayout,
+    EngineLoader,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class GenericTransformerConfig(PreTrainedConfig):
+    """Sizes of a `GenericTransformerForCausalLM`.
+
+    Args:
+        vocab_size: Number of tokens.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the gated MLP. Default: 8/3 of `hidden_size`,
+            rounded up to a multiple of 64.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads. Default:
+            `num_attention_heads`.
+        head_dim: Size of a head. Default: `hidden_size // num_attention_heads`.
+        max_position_embeddings: Longest sequence, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rms_norm_eps: Added to the mean square before its root is taken.
+        initializer_range: Standard deviation of the initial weights.
+        tie_word_embeddings: Whether the head uses the embedding's weight.
+
+    Raises:
+        ValueError: The sizes do not fit each other.
+    """
+
+    model_type = "generic_transformer"
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {heads}. Change one of them or give head_dim."
+            )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}."
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // heads
+        if self.architectures is None:
+            self.architectures = ["GenericTransformerForCausalLM"]
+        super().__post_init__(**kwargs)
+
+
+class GenericTransformerMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(
+        self, config: GenericTransformerConfig, context: ParallelContext
+    ) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden,
+            [inner, inner],
+            bias=False,
+            part_names=("gate_proj", "up_proj"),
+            parallel_context=context,
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            inner, hidden, bias=False, parallel_context=context
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+
+
+class GenericTransformerBlock(nn.Module):
+    """Attention and MLP, each on a normed copy of the residual stream."""
+
+    def __init__(
+        self, config: GenericTransformerConfig, context: ParallelContext
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = VLLMFlashAttention(
+            hidden,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary=RotaryEmbedding(
+                config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                base=config.rope_theta,
+            ),
+            parallel_context=context,
+        )
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp = GenericTransformerMLP(config, context)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states), positions, cu_seqlens, max_seqlen
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GenericTransformer(nn.Module):
+    """The model without its head."""
+
+    def __init__(
+        self, config: GenericTransformerConfig, context: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, parallel_context=context
+        )
+        self.layers = nn.ModuleList(
+            GenericTransformerBlock(config, context)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, shape = [..., hidden_size].
+
+        Arguments as in `GenericTransformerForCausalLM.forward`; `inputs_embeds`,
+        shape = [..., hidden_size], takes the place of the embedded `input_ids`.
+        """
+        if positions is None:
+            positions = default_positions(input_ids, cu_seqlens)
+        hidden_states = inputs_embeds
+        if hidden_states is None:
+            hidden_states = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, positions, cu_seqlens, max_seqlen)
+        return self.norm(hidden_states)
+
+
+def default_positions(
+    input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """Each token's index in its sequence, shaped like `input_ids`."""
+    positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().long()
+        positions = positions - cu_seqlens[:-1].long().repeat_interleave(lengths)
+    return positions.expand(input_ids.shape)
+
+
+class GenericTransformerForCausalLM(nn.Module):
+    """The trainable model: token ids to logits.
+
+    Args:
+        config: The sizes. Another config class may be given if it has the fields
+            of `GenericTransformerConfig` without a default there.
+        parallel_context: The shard to build. Default: this process's, or the
+            whole model.
+
+    As a builder: `ModelRegistry.register_model("GenericTransformerForCausalLM",
+    lambda config, parallel_context: GenericTransformerForCausalLM(config,
+    parallel_context))`.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        parallel_context: ParallelContext | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, GenericTransformerConfig):
+            config = GenericTransformerConfig.from_dict(config.to_dict())
+        context = parallel_context or ParallelContext.current_or_single()
+        self.config = config
+        self.model = GenericTransformer(config, context)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, parallel_context=context
+        )
+        self.reset_parameters()
+        if config.tie_word_embeddings:
+            self.lm_head.tie_weights(self.model.embed_tokens)
+
+    def reset_parameters(self) -> None:
+        """Normal weights of `initializer_range`; norms keep their ones."""
+        if init_skipped():
+            return
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: Token ids, packed shape = [num_tokens], or
+                shape = [batch, seq].
+            positions: Each token's position in its sequence, shaped like
+                `input_ids`. Default: counted from 0 in each sequence.
+            cu_seqlens: Packed only: where sequences begin and end, int32,
+                shape = [num_seqs + 1]. Default: one sequence.
+            max_seqlen: Length of the longest sequence, in tokens.
+
+        Returns:
+            shape = [..., vocab_size].
+        """
+        return self.lm_head(self.model(input_ids, positions, cu_seqlens, max_seqlen))
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `config.json` and `model.safetensors`, which can be served as is."""
+        save_checkpoint(self, directory)
+        self.config.dtype = next(self.parameters()).dtype
+        self.config.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        parallel_context: ParallelContext | None = None,
+    ) -> "GenericTransformerForCausalLM":
+        """Read what `save_pretrained` wrote, in the dtype it was written in.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: The checkpoint does not fit the config; all tensors that
+                are missing, extra or wrongly shaped are named.
+        """
+        if not (Path(directory) / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} holds no config.json.")
+        config = GenericTransformerConfig.from_pretrained(directory)
+        with skip_init():
+            model = cls(config, parallel_context)
+        if config.dtype is not None:
+            model = model.to(config.dtype)
+        load_checkpoint(model, directory)
+        return model
+
+
+class GenericTransformerForCausalLMVLLM(nn.Module):
+    """The same model with vLLM's interface written out: the least a class needs.
+
+    Args:
+        vllm_config: The engine's config; or a `GenericTransformerConfig`, which
+            gives the training model behind the same interface, outside an engine.
+        prefix: Prepended to module paths in layer names.
+    """
+
+    def __init__(
+        self, vllm_config: "VllmConfig | GenericTransformerConfig", prefix: str = ""
+    ) -> None:
+        super().__init__()
+        in_engine = not isinstance(vllm_config, PreTrainedConfig)
+        config = vllm_config.model_config.hf_config if in_engine else vllm_config
+        with skip_init() if in_engine else nullcontext():
+            built = GenericTransformerForCausalLM(config)
+        self.model, self.lm_head = built.model, built.lm_head
+        layout = CheckpointLayout.of(self)
+        if in_engine:
+            bind_engine_layers(self, vllm_config, prefix)
+            self.logits_processor = upstream.LogitsProcessor(config.vocab_size)
+        self.loader = EngineLoader(self, layout, complete=True)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings, shape = [num_tokens, hidden_size]."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, shape = [num_tokens, hidden_size].
+
+        Args:
+            input_ids: shape = [num_tokens].
+            positions: shape = [num_tokens].
+            intermediate_tensors: None; the model is one pipeline stage.
+            inputs_embeds: Used instead of `input_ids` if given,
+                shape = [num_tokens, hidden_size].
+        """
+        return self.model(input_ids, positions, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits, shape = [num_tokens, vocab_size]."""
+        if isinstance(self.lm_head, upstream.ParallelLMHead):
+            return self.logits_processor(self.lm_head, hidden_states)
+        return self.lm_head(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load checkpoint tensors, each rank its shard; the names that were loaded."""
+        return self.loader.load(weights)

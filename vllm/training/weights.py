@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Checkpoints of models made of training layers: names, loading, saving.
+
+A checkpoint holds whole tensors under the model's parameter names. A parameter in
+which a layer keeps several tensors (q, k and v; gate and up) stands in it as those
+tensors if the layer names them, and is accepted whole as well.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.sharding import (
+    ParameterSharding,
+    ShardPart,
+    part_slices,
+    take_shard,
+)
+from vllm.model_executor.parallel_context import ParallelContext
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        parameter: Name of the parameter or buffer that holds it.
+        shape: Its full, unsharded shape.
+        parts: The parts of the parameter's sharding that it consists of: one, or
+            all for a fused parameter as a whole.
+        dim: The dimension along which the parts lie; None if not sharded.
+    """
+
+    parameter: str
+    shape: torch.Size
+    parts: tuple[ShardPart, ...]
+    dim: int | None
+
+    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[ShardPart, torch.Tensor]]:
+        """`tensor` cut into its parts."""
+        if len(self.parts) == 1 or self.dim is None:
+            yield self.parts[0], tensor
+        else:
+            sizes = [part.size for part in self.parts]
+            yield from zip(self.parts, tensor.split(sizes, dim=self.dim))
+
+
+@dataclass
+class CheckpointLayout:
+    """The checkpoint tensors of a module.
+
+    Attributes:
+        tensors: What a checkpoint of the module holds, by name.
+        fused: Whole fused parameters, accepted in place of their named parts.
+        aliases: Other names of tied parameters, accepted and not read.
+        shardings: How each parameter is sharded, by parameter name.
+    """
+
+    tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
+    fused: dict[str, CheckpointTensor] = field(default_factory=dict)
+    aliases: set[str] = field(default_factory=set)
+    shardings: dict[str, ParameterSharding] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "CheckpointLayout":
+        """The layout of `module`, before it is bound to an engine."""
+        layout = cls()
+        seen: set[int] = set()
+        for path, layer in module.named_modules():
+            prefix = f"{path}." if path else ""
+            shardings: Mapping[str, ParameterSharding] = {}
+            if isinstance(layer, TrainingLayer):
+                shardings = layer.parameter_sharding()
+            for name, tensor in _own_tensors(layer):
+                if id(tensor) in seen:
+                    layout.aliases.add(prefix + name)
+                    continue
+                seen.add(id(tensor))
+                whole = ParameterSharding.replicated(tensor.shape)
+                layout._add(prefix, name, shardings.get(name, whole))
+        return layout
+
+    def _add(self, prefix: str, name: str, sharding: ParameterSharding) -> None:
+        parameter = prefix + name
+        self.shardings[parameter] = sharding
+        parts, dim = sharding.parts, sharding.dim
+        whole = CheckpointTensor(parameter, sharding.shape, parts, dim)
+        if dim is None or any(part.name is None for part in parts):
+            self.tensors[parameter] = whole
+            return
+        self.fused[parameter] = whole
+        parent = prefix.rstrip(".").rpartition(".")[0]
+        for part in parts:
+            shape = list(sharding.shape)
+            shape[dim] = part.size
+            full_name = ".".join(filter(None, (parent, part.name, name)))
+            self.tensors[full_name] = CheckpointTensor(
+                parameter, torch.Size(shape), (part,), dim
+            )
+
+
+def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from layer.named_parameters(recurse=False)
+    for name, buffer in layer.named_buffers(recurse=False):
+        if name not in layer._non_persistent_buffers_set:
+            yield name, buffer
+
+
+class LayoutCheck:
+    """Compares the tensors of a checkpoint with a layout, all of them."""
+
+    def __init__(self, layout: CheckpointLayout) -> None:
+        self.layout = layout
+        self.found: set[str] = set()
+        self.extra: list[str] = []
+        self.misshapen: list[str] = []
+
+    def match(self, name: str, shape: Iterable[int]) -> CheckpointTensor | None:
+        """The layout's tensor of that name; None if it is not to be loaded."""
+        layout = self.layout
+        tensor = layout.tensors.get(name) or layout.fused.get(name)
+        if tensor is None:
+            if name not in layout.aliases:
+                self.extra.append(name)
+            return None
+        self.found.add(name)
+        if tuple(shape) != tuple(tensor.shape):
+            self.misshapen.append(
+                f"{name} is {list(shape)}, the model needs {list(tensor.shape)}"
+            )
+            return None
+        return tensor
+
+    def finish(self, *, complete: bool) -> None:
+        """Report everything that is wrong.
+
+        Args:
+            complete: Whether a missing tensor is an error by itself.
+
+        Raises:
+            ValueError: Names every missing, extra and wrongly shaped tensor.
+        """
+        missing = [
+            name
+            for name, tensor in self.layout.tensors.items()
+            if name not in self.found and tensor.parameter not in self.found
+        ]
+        if not (self.extra or self.misshapen or (complete and missing)):
+            return
+        report = ["The checkpoint does not fit the model."]
+        for title, names in (
+            ("Missing", missing),
+            ("Not in the model", self.extra),
+            ("Wrong shape", self.misshapen),
+        ):
+            if names:
+                report.append(f"{title} ({len(names)}): {'; '.join(sorted(names))}.")
+        raise ValueError(" ".join(report))
+
+
+class EngineLoader:
+    """`load_weights` of a model whose layers are bound to the engine.
+
+    Args:
+        model: The bound model.
+        layout: The layout from before binding; names are the same.
+        complete: Whether the first load has to bring every tensor. Later loads
+            may bring some, as weight synchronisation does.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: CheckpointLayout, complete: bool
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.complete = complete
+        add_weight_loaders(model, layout, ParallelContext.current_or_single())
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load whole tensors, of which every rank keeps its shard.
+
+        Args:
+            weights: Checkpoint names and full tensors, in any order.
+
+        Returns:
+            The names of the parameters that were loaded.
+
+        Raises:
+            ValueError: Names all missing, extra and wrongly shaped tensors.
+        """
+        targets = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        check = LayoutCheck(self.layout)
+        loaded = set()
+        for name, tensor in weights:
+            entry = check.match(name, tensor.shape)
+            if entry is None:
+                continue
+            target = targets[entry.parameter]
+            for part, piece in entry.pieces(tensor):
+                load = getattr(target, "weight_loader", _copy)
+                if part.shard_id is None:
+                    load(target, piece)
+                else:
+                    load(target, piece, part.shard_id)
+            loaded.add(entry.parameter)
+        check.finish(complete=self.complete)
+        self.complete = False
+        return loaded
+
+
+def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    target.data.copy_(tensor)
+
+
+def add_weight_loaders(
+    module: nn.Module, layout: CheckpointLayout, context: ParallelContext
+) -> None:
+    """Give sharded parameters that have no `weight_loader` one that takes the shard."""
+    for name, parameter in module.named_parameters():
+        sharding = layout.shardings.get(name)
+        if sharding is None or sharding.dim is None:
+            continue
+        if hasattr(parameter, "weight_loader"):
+            continue
+        parameter.weight_loader = _shard_loader(sharding, context)
+
+
+def _shard_loader(
+    sharding: ParameterSharding, context: ParallelContext
+) -> Callable[..., None]:
+    rank, size = context.tp_rank, context.tp_size
+    slices = part_slices(sharding, size)
+
+    def load_shard(
+        target: torch.Tensor, tensor: torch.Tensor, shard_id: str | int | None = None
+    ) -> None:
+        index = [part.shard_id for part in sharding.parts].index(shard_id)
+        part = sharding.parts[index]
+        shard = take_shard(tensor, sharding, part, rank, size)
+        target.data.narrow(
+            sharding.dim, slices[index].start, shard.shape[sharding.dim]
+        ).copy_(shard)
+
+    return load_shard
+
+
+def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
+    """Load a model directory's safetensors into a training module.
+
+    Nothing is written to the module unless the whole checkpoint fits.
+
+    Args:
+        module: Built with the `ParallelContext` of this process; each rank takes
+            its shard.
+        directory: Holds `model.safetensors`, or several files and their index.
+
+    Raises:
+        FileNotFoundError: There are no safetensors.
+        ValueError: Names all missing, extra and wrongly shaped tensors.
+    """
+    layout = CheckpointLayout.of(module)
+    context = ParallelContext.current_or_single()
+    with ExitStack() as stack:
+        source = {}
+        for path in checkpoint_files(Path(directory)):
+            handle = stack.enter_context(safe_open(path, framework="pt"))
+            source |= dict.fromkeys(handle.keys(), handle)
+        check = LayoutCheck(layout)
+        matched = {
+            name: check.match(name, handle.get_slice(name).get_shape())
+            for name, handle in source.items()
+        }
+        check.finish(complete=True)
+        targets = dict(module.named_parameters()) | dict(module.named_buffers())
+        with torch.no_grad():
+            for name, entry in matched.items():
+                if entry is None:
+                    continue
+                sharding = layout.shardings[entry.parameter]
+                target = targets[entry.parameter]
+                load = _copy
+                if sharding.dim is not None:
+                    load = _shard_loader(sharding, context)
+                for part, piece in entry.pieces(source[name].get_tensor(name)):
+                    load(target, piece, *([] if load is _copy else [part.shard_id]))
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory."""
+    index = directory / INDEX_NAME
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"].values()
+        return [directory / name for name in sorted(set(names))]
+    single = directory / WEIGHTS_NAME
+    if not single.is_file():
+        raise FileNotFoundError(f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.")
+    return [single]
+
+
+def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint of `module`, detached, in the layout's order.
+
+    They can be given to an engine as they are:
+    `llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(...)})`.
+
+    Raises:
+        ValueError: The module is sharded over several tensor-parallel ranks.
+    """
+    layout = CheckpointLayout.of(module)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, entry in layout.tensors.items():
+        tensor = tensors[entry.parameter].detach()
+        sharding = layout.shardings[entry.parameter]
+        if sharding.dim is not None:
+            index = sharding.parts.index(entry.parts[0])
+            start = part_slices(sharding, 1)[index].start
+            tensor = tensor.narrow(sharding.dim, start, entry.shape[sharding.dim])
+        if tensor.shape != entry.shape:
+            raise ValueError(
+                f"{name} is sharded: this rank holds {list(tensor.shape)} of "
+                f"{list(entry.shape)}. Saving is supported with tensor_parallel_size=1."
+            )
+        yield name, tensor
+
+
+def save_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
+    """Write `model.safetensors`, whole or not at all.
+
+    Args:
+        module: A training module with tensor_parallel_size 1.
+        directory: Made if it does not exist.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.contiguous().cpu() for name, tensor in checkpoint_tensors(module)
+    }
+    temporary = directory / f".{WEIGHTS_NAME}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, directory / WEIGHTS_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
