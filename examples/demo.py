@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 END = "<|endoftext|>"
-VOCAB_SIZE, SEQ_LEN, BATCH = 4096, 256, 16
+VOCAB_SIZE, SEQ_LEN, BATCH = 4096, 256, 8
 PROMPTS = ["def ", "import os\n", "class ", "    return ", "for i in range("] * 4
 MAX_TOKENS = 64
 
@@ -110,7 +110,7 @@ def held_out_loss(model: GenericTransformerForCausalLM, corpus: Corpus) -> float
     """Loss on 64 windows spread over the held-out files."""
     last = len(corpus.held_out) - SEQ_LEN - 1
     starts = torch.linspace(0, last, 64).long()
-    losses = [loss_of(model, windows(corpus.held_out, s)) for s in starts.split(BATCH)]
+    losses = [loss_of(model, windows(corpus.held_out, s)) for s in starts.split(16)]
     return torch.stack(losses).mean().item()
 
 
@@ -118,8 +118,8 @@ def train(
     model: GenericTransformerForCausalLM, corpus: Corpus, steps: int
 ) -> tuple[list[float], dict[str, float]]:
     """AdamW with a one-cycle schedule; the losses and the report's `train` entry."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
     losses: list[float] = []
     begin = time.perf_counter()
@@ -197,7 +197,7 @@ def write_report(path: Path, report: dict, losses: list[float], scores: Scores) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
     model_dir = args.out / "model"
@@ -227,7 +227,7 @@ def main() -> None:
 
     from vllm import LLM, ModelRegistry, SamplingParams
 
-    def build(config, parallel_context):
+    def build(config, parallel_context):  # vLLM calls this in each of its workers
         return GenericTransformerForCausalLM(config, parallel_context)
 
     ModelRegistry.register_model("GenericTransformerForCausalLM", build)
@@ -238,10 +238,13 @@ def main() -> None:
         max_model_len=1024,
         disable_log_stats=True,
     )
-    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=0, logprobs=0)
+    sampling = SamplingParams(
+        max_tokens=MAX_TOKENS, temperature=0.8, seed=0, logprobs=0
+    )
     begin = time.perf_counter()
     outputs = llm.generate(PROMPTS, sampling)
     seconds = time.perf_counter() - begin
+    llm.llm_engine.engine_core.shutdown(timeout=30)
 
     completions = [output.outputs[0] for output in outputs]
     engine = torch.tensor(

@@ -26,7 +26,6 @@ from vllm.model_executor.layers.training.sharding import (
     part_slices,
     take_shard,
 )
-from vllm.model_executor.parallel_context import ParallelContext
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -58,6 +57,24 @@ class CheckpointTensor:
             yield from zip(self.parts, tensor.split(sizes, dim=self.dim))
 
 
+@dataclass(frozen=True)
+class LocalShard:
+    """What this rank holds of a parameter."""
+
+    sharding: ParameterSharding
+    tp_rank: int
+    tp_size: int
+
+    def put(self, target: torch.Tensor, tensor: torch.Tensor, part: ShardPart) -> None:
+        """Copy this rank's piece of a full part into the local parameter."""
+        sharding = self.sharding
+        shard = take_shard(tensor, sharding, part, self.tp_rank, self.tp_size)
+        if sharding.dim is not None:
+            place = part_slices(sharding, self.tp_size)[sharding.parts.index(part)]
+            target = target.narrow(sharding.dim, place.start, shard.shape[sharding.dim])
+        target.copy_(shard)
+
+
 @dataclass
 class CheckpointLayout:
     """The checkpoint tensors of a module.
@@ -66,13 +83,13 @@ class CheckpointLayout:
         tensors: What a checkpoint of the module holds, by name.
         fused: Whole fused parameters, accepted in place of their named parts.
         aliases: Other names of tied parameters, accepted and not read.
-        shardings: How each parameter is sharded, by parameter name.
+        shards: What this rank holds of each parameter, by parameter name.
     """
 
     tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
     fused: dict[str, CheckpointTensor] = field(default_factory=dict)
     aliases: set[str] = field(default_factory=set)
-    shardings: dict[str, ParameterSharding] = field(default_factory=dict)
+    shards: dict[str, LocalShard] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> "CheckpointLayout":
@@ -82,20 +99,23 @@ class CheckpointLayout:
         for path, layer in module.named_modules():
             prefix = f"{path}." if path else ""
             shardings: Mapping[str, ParameterSharding] = {}
+            rank, size = 0, 1
             if isinstance(layer, TrainingLayer):
                 shardings = layer.parameter_sharding()
+                rank, size = layer.tp_rank, layer.tp_size
             for name, tensor in _own_tensors(layer):
                 if id(tensor) in seen:
                     layout.aliases.add(prefix + name)
                     continue
                 seen.add(id(tensor))
                 whole = ParameterSharding.replicated(tensor.shape)
-                layout._add(prefix, name, shardings.get(name, whole))
+                sharding = shardings.get(name, whole)
+                layout.shards[prefix + name] = LocalShard(sharding, rank, size)
+                layout._add(prefix, name, sharding)
         return layout
 
     def _add(self, prefix: str, name: str, sharding: ParameterSharding) -> None:
         parameter = prefix + name
-        self.shardings[parameter] = sharding
         parts, dim = sharding.parts, sharding.dim
         whole = CheckpointTensor(parameter, sharding.shape, parts, dim)
         if dim is None or any(part.name is None for part in parts):
@@ -187,7 +207,7 @@ class EngineLoader:
         self.model = model
         self.layout = layout
         self.complete = complete
-        add_weight_loaders(model, layout, ParallelContext.current_or_single())
+        _add_weight_loaders(model, layout)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load whole tensors, of which every rank keeps its shard.
@@ -225,34 +245,21 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
     target.data.copy_(tensor)
 
 
-def add_weight_loaders(
-    module: nn.Module, layout: CheckpointLayout, context: ParallelContext
-) -> None:
+def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
     """Give sharded parameters that have no `weight_loader` one that takes the shard."""
-    for name, parameter in module.named_parameters():
-        sharding = layout.shardings.get(name)
-        if sharding is None or sharding.dim is None:
-            continue
-        if hasattr(parameter, "weight_loader"):
-            continue
-        parameter.weight_loader = _shard_loader(sharding, context)
+    for name, parameter in model.named_parameters():
+        shard = layout.shards.get(name)
+        if shard is not None and not hasattr(parameter, "weight_loader"):
+            parameter.weight_loader = _shard_loader(shard)
 
 
-def _shard_loader(
-    sharding: ParameterSharding, context: ParallelContext
-) -> Callable[..., None]:
-    rank, size = context.tp_rank, context.tp_size
-    slices = part_slices(sharding, size)
+def _shard_loader(shard: LocalShard) -> Callable[..., None]:
+    parts = {part.shard_id: part for part in shard.sharding.parts}
 
     def load_shard(
         target: torch.Tensor, tensor: torch.Tensor, shard_id: str | int | None = None
     ) -> None:
-        index = [part.shard_id for part in sharding.parts].index(shard_id)
-        part = sharding.parts[index]
-        shard = take_shard(tensor, sharding, part, rank, size)
-        target.data.narrow(
-            sharding.dim, slices[index].start, shard.shape[sharding.dim]
-        ).copy_(shard)
+        shard.put(target.data, tensor, parts[shard_id])
 
     return load_shard
 
@@ -272,7 +279,6 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
         ValueError: Names all missing, extra and wrongly shaped tensors.
     """
     layout = CheckpointLayout.of(module)
-    context = ParallelContext.current_or_single()
     with ExitStack() as stack:
         source = {}
         for path in checkpoint_files(Path(directory)):
@@ -289,13 +295,9 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
             for name, entry in matched.items():
                 if entry is None:
                     continue
-                sharding = layout.shardings[entry.parameter]
-                target = targets[entry.parameter]
-                load = _copy
-                if sharding.dim is not None:
-                    load = _shard_loader(sharding, context)
+                shard, target = layout.shards[entry.parameter], targets[entry.parameter]
                 for part, piece in entry.pieces(source[name].get_tensor(name)):
-                    load(target, piece, *([] if load is _copy else [part.shard_id]))
+                    shard.put(target, piece, part)
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -306,7 +308,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / name for name in sorted(set(names))]
     single = directory / WEIGHTS_NAME
     if not single.is_file():
-        raise FileNotFoundError(f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.")
+        raise FileNotFoundError(
+            f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}."
+        )
     return [single]
 
 
@@ -322,17 +326,20 @@ def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layout = CheckpointLayout.of(module)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, entry in layout.tensors.items():
-        tensor = tensors[entry.parameter].detach()
-        sharding = layout.shardings[entry.parameter]
-        if sharding.dim is not None:
-            index = sharding.parts.index(entry.parts[0])
-            start = part_slices(sharding, 1)[index].start
-            tensor = tensor.narrow(sharding.dim, start, entry.shape[sharding.dim])
-        if tensor.shape != entry.shape:
+        tensor, shard = (
+            tensors[entry.parameter].detach(),
+            layout.shards[entry.parameter],
+        )
+        if shard.tp_size > 1:
             raise ValueError(
                 f"{name} is sharded: this rank holds {list(tensor.shape)} of "
                 f"{list(entry.shape)}. Saving is supported with tensor_parallel_size=1."
             )
+        sharding = shard.sharding
+        if sharding.dim is not None:
+            index = sharding.parts.index(entry.parts[0])
+            start = part_slices(sharding, 1)[index].start
+            tensor = tensor.narrow(sharding.dim, start, entry.shape[sharding.dim])
         yield name, tensor
 
 

@@ -146,7 +146,9 @@ def assert_trainer_agrees(model, prompts, completions, atol: float = 1e-3) -> No
         positions = torch.arange(ids.shape[1])[None]
         logprobs = model(ids, positions).log_softmax(-1)[0, len(prompt) - 1 : -1]
         assert logprobs.argmax(-1).tolist() == tokens
-        engine = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs)]
+        engine = [
+            entry[token].logprob for token, entry in zip(tokens, completion.logprobs)
+        ]
         torch.testing.assert_close(
             torch.tensor(engine), logprobs.amax(-1), atol=atol, rtol=0
         )

@@ -120,7 +120,9 @@ def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path):
 def test_what_follows_the_head_is_refused(make_llm, tmp_path):
     save_plain(tmp_path)
     ModelRegistry.register_model(PLAIN, build_scaled)
-    with pytest.raises(TypeError, match="does not return the output of its head 'to_vo"):
+    with pytest.raises(
+        TypeError, match="does not return the output of its head 'to_vo"
+    ):
         make_llm(tmp_path)
 
 
@@ -181,7 +183,9 @@ def test_a_checkpoint_that_does_not_fit_is_named_whole(make_llm, tmp_path):
         in message
     )
     assert "Not in the model (1): model.layers.7.mlp.up_proj.weight." in message
-    assert "model.layers.1.mlp.up_proj.weight is [3, 3], the model needs [384" in message
+    assert (
+        "model.layers.1.mlp.up_proj.weight is [3, 3], the model needs [384" in message
+    )
 
 
 def test_heads_that_the_ranks_do_not_divide(make_llm, tmp_path):

@@ -222,9 +222,8 @@ class GenericTransformerForCausalLM(nn.Module):
         parallel_context: The shard to build. Default: this process's, or the
             whole model.
 
-    As a builder: `ModelRegistry.register_model("GenericTransformerForCausalLM",
-    lambda config, parallel_context: GenericTransformerForCausalLM(config,
-    parallel_context))`.
+    To serve it, register its builder:
+    `ModelRegistry.register_model(arch, GenericTransformerForCausalLM.build)`.
     """
 
     def __init__(
@@ -244,6 +243,13 @@ class GenericTransformerForCausalLM(nn.Module):
         self.reset_parameters()
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(self.model.embed_tokens)
+
+    @classmethod
+    def build(
+        cls, config: PreTrainedConfig, parallel_context: ParallelContext
+    ) -> "GenericTransformerForCausalLM":
+        """The builder that vLLM calls."""
+        return cls(config, parallel_context)
 
     def reset_parameters(self) -> None:
         """Normal weights of `initializer_range`; norms keep their ones."""

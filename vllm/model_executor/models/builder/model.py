@@ -24,7 +24,9 @@ VLLM_INTERFACE = ("embed_input_ids", "forward", "compute_logits", "load_weights"
 def model_class(spec: BuilderSpec) -> type[nn.Module]:
     """The class that `ModelRegistry` resolves a builder's architecture to."""
     name = spec.name.rpartition(".")[2].strip("<>")
-    return type(name, (BuiltModel,), {"spec": spec, "__doc__": f"Built by {spec.name}."})
+    return type(
+        name, (BuiltModel,), {"spec": spec, "__doc__": f"Built by {spec.name}."}
+    )
 
 
 class RegisteredBuilder(upstream.BaseRegisteredModel):
@@ -115,7 +117,9 @@ class BuiltModel(nn.Module):
         self.head_tap = HeadTap(head)
         head.forward = self.head_tap
         vocab_size = config.get_text_config().vocab_size
-        object.__setattr__(self, "logits_processor", upstream.LogitsProcessor(vocab_size))
+        object.__setattr__(
+            self, "logits_processor", upstream.LogitsProcessor(vocab_size)
+        )
         object.__setattr__(self, "loader", EngineLoader(self, layout, strict))
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -214,7 +218,8 @@ def find_head(module: nn.Module, option: str | None, config: Any, builder: str) 
     candidates = [
         name
         for name, part in modules.items()
-        if name and tuple(getattr(getattr(part, "weight", None), "shape", ())) == sizes
+        if name
+        and tuple(getattr(getattr(part, "weight", None), "shape", ())) == sizes
         and not isinstance(part, (nn.Embedding, upstream.VocabParallelEmbedding))
     ]
     if len(candidates) != 1:

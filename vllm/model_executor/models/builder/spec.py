@@ -147,7 +147,10 @@ class BuilderSpec:
     def of(cls, target: Callable[..., nn.Module]) -> "BuilderSpec":
         """Validate `target`; raises `TypeError` as `match_parameters` does."""
         return cls(
-            target, builder_name(target), match_parameters(target), builder_options(target)
+            target,
+            builder_name(target),
+            match_parameters(target),
+            builder_options(target),
         )
 
     def build(self, vllm_config: "VllmConfig", prefix: str = "") -> nn.Module:
