@@ -24,7 +24,7 @@ from vllm.model_executor.models.generic_transformer import (
 BUILDER = (
     "vllm.model_executor.models.generic_transformer:GenericTransformerForCausalLM.build"
 )
-WORDS = ["[END]", *"the quick brown fox jumps over a lazy dog".split()]
+WORDS = ["[END]", "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -230,7 +231,7 @@ class EngineLoader:
                 continue
             target = targets[entry.parameter]
             for part, piece in entry.pieces(tensor):
-                load = getattr(target, "weight_loader", _copy)
+                load: Callable[..., None] = getattr(target, "weight_loader", _copy)
                 if part.shard_id is None:
                     load(target, piece)
                 else:
@@ -250,7 +251,7 @@ def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
     for name, parameter in model.named_parameters():
         shard = layout.shards.get(name)
         if shard is not None and not hasattr(parameter, "weight_loader"):
-            parameter.weight_loader = _shard_loader(shard)
+            cast(Any, parameter).weight_loader = _shard_loader(shard)
 
 
 def _shard_loader(shard: LocalShard) -> Callable[..., None]:
@@ -280,7 +281,7 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     """
     layout = CheckpointLayout.of(module)
     with ExitStack() as stack:
-        source = {}
+        source: dict[str, Any] = {}
         for path in checkpoint_files(Path(directory)):
             handle = stack.enter_context(safe_open(path, framework="pt"))
             source |= dict.fromkeys(handle.keys(), handle)

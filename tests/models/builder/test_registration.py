@@ -21,7 +21,6 @@ from vllm.model_executor.models.builder.registration import (
     synchronize,
 )
 
-
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
 

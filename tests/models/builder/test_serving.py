@@ -95,8 +95,12 @@ def test_parameter_names_are_those_of_the_built_module(make_llm, tmp_path):
     assert served == [name for name, _ in model.named_parameters()]
 
 
-def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path):
-    """Nothing of the builder can be imported: it is a closure of this function."""
+def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path, monkeypatch):
+    """Through an engine core of its own to spawned workers.
+
+    Nothing of the builder can be imported: it is a closure of this function.
+    """
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = save_generic(tmp_path)
     scale = nn.Parameter(torch.ones(1), requires_grad=False)
 
@@ -113,8 +117,6 @@ def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path):
 
     llm = main()
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
-    ranks = llm.collective_rpc(lambda worker: worker.model_runner.model.lm_head.tp_size)
-    assert ranks == [2, 2]
 
 
 def test_what_follows_the_head_is_refused(make_llm, tmp_path):
@@ -186,6 +188,12 @@ def test_a_checkpoint_that_does_not_fit_is_named_whole(make_llm, tmp_path):
     assert (
         "model.layers.1.mlp.up_proj.weight is [3, 3], the model needs [384" in message
     )
+
+
+def test_a_lazy_builder_that_does_not_import(make_llm, tmp_path):
+    save_plain(tmp_path)
+    with pytest.raises(ValueError, match="'no_module:build', which does not load: Mod"):
+        make_llm(tmp_path, model_class_overrides={PLAIN: "no_module:build"})
 
 
 def test_heads_that_the_ranks_do_not_divide(make_llm, tmp_path):

@@ -8,7 +8,6 @@ and so are the names of the checkpoint's tensors.
 
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +109,7 @@ class GenericTransformerMLP(nn.Module):
     ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
+        assert inner is not None, "set by the config itself"
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden,
             [inner, inner],
@@ -134,6 +134,7 @@ class GenericTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        assert config.head_dim is not None, "set by the config itself"
         self.input_layernorm = RMSNorm(hidden, eps)
         self.self_attn = VLLMFlashAttention(
             hidden,
@@ -325,15 +326,17 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
         self, vllm_config: "VllmConfig | GenericTransformerConfig", prefix: str = ""
     ) -> None:
         super().__init__()
-        in_engine = not isinstance(vllm_config, PreTrainedConfig)
-        config = vllm_config.model_config.hf_config if in_engine else vllm_config
-        with skip_init() if in_engine else nullcontext():
-            built = GenericTransformerForCausalLM(config)
+        if isinstance(vllm_config, PreTrainedConfig):
+            built = GenericTransformerForCausalLM(vllm_config)
+        else:
+            with skip_init():
+                config = vllm_config.model_config.hf_config
+                built = GenericTransformerForCausalLM(config)
         self.model, self.lm_head = built.model, built.lm_head
         layout = CheckpointLayout.of(self)
-        if in_engine:
+        if not isinstance(vllm_config, PreTrainedConfig):
             bind_engine_layers(self, vllm_config, prefix)
-            self.logits_processor = upstream.LogitsProcessor(config.vocab_size)
+            self.logits_processor = upstream.LogitsProcessor(built.config.vocab_size)
         self.loader = EngineLoader(self, layout, complete=True)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class HeadTap:
     """Stands for a head's `forward`: lets hidden states through and remembers them."""
 
     def __init__(self, head: nn.Module) -> None:
-        self.compute_logits: Callable[..., torch.Tensor] = head.forward
+        self.head_forward: Callable[..., torch.Tensor] = head.forward
         self.hidden_states: torch.Tensor | None = None
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,10 @@ class BuiltModel(nn.Module):
         object.__setattr__(model, "module", module)
         return model
 
+    # Not registered as submodules: they would change the parameters' names.
     module: nn.Module
+    logits_processor: nn.Module
+    loader: EngineLoader
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
@@ -148,7 +151,7 @@ class BuiltModel(nn.Module):
             raise NotImplementedError(_NO_EMBEDS.format(name=self.spec.name))
         if self.batched:
             input_ids, positions = input_ids[None], positions[None]
-        output = self.module(input_ids, positions)
+        output: torch.Tensor = self.module(input_ids, positions)
         if output is not self.head_tap.hidden_states:
             raise TypeError(
                 f"forward of the module built by {self.spec.name} does not return "
@@ -169,7 +172,7 @@ class BuiltModel(nn.Module):
         head = self.module.get_submodule(self.head_path)
         if isinstance(head, upstream.ParallelLMHead):
             return self.logits_processor(head, hidden_states)
-        return self.head_tap.compute_logits(hidden_states)
+        return self.head_tap.head_forward(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""
