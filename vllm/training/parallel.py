@@ -4,20 +4,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from vllm.logger import init_logger
 from vllm.model_executor import upstream
 from vllm.model_executor.parallel_context import ParallelContext
 
 logger = init_logger(__name__)
+
+_generations = itertools.count()
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -145,9 +150,26 @@ def _read_launch() -> _Launch:
 
 
 def _start_torch_distributed(launch: _Launch, backend: str) -> None:
-    """Start a world of one without file or port; leave a larger one to vLLM."""
-    if launch.world_size == 1 and not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.is_initialized():
+        return
+    store: dist.Store
+    if launch.world_size == 1:
+        store = dist.HashStore()
+    else:
+        # The launcher's store outlives the groups and keeps their keys, so groups
+        # that are made again need names of their own. All ranks count alike.
+        generation = f"vllm_training/{next(_generations)}"
+        store = dist.PrefixStore(generation, _launcher_store(launch))
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size
+    )
+
+
+@cache
+def _launcher_store(launch: _Launch) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT, one for the process's life."""
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size))
+    return store
 
 
 def _start_vllm_groups(

@@ -83,11 +83,10 @@ def sequence_lengths(
         lengths = [num_tokens]
     else:
         lengths = _from_cu_seqlens(num_tokens, cu_seqlens)
-    longest = max(lengths, default=0)
-    if max_seqlen is not None and max_seqlen < longest:
+    if max_seqlen is not None and max_seqlen < max([0, *lengths]):
         raise ValueError(
-            f"max_seqlen={max_seqlen}, but a sequence has {longest} tokens; give the "
-            "length of the longest sequence, or leave it out."
+            f"max_seqlen={max_seqlen}, but a sequence has {max(lengths)} tokens; give "
+            "the length of the longest sequence, or leave it out."
         )
     return lengths
 
@@ -111,7 +110,7 @@ def _from_cu_seqlens(num_tokens: int, cu_seqlens: torch.Tensor) -> list[int]:
         )
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
+    if bounds[0] != 0 or bounds[-1] != num_tokens or min([0, *lengths]) < 0:
         raise ValueError(
             f"cu_seqlens={_shorten(bounds)} does not describe {num_tokens} tokens; it "
             f"must start at 0, never decrease and end at {num_tokens}."

@@ -62,16 +62,24 @@ def choose_implementation(device_type: str, spec: AttentionSpec) -> Implementati
     features = spec.features()
     for implementation in IMPLEMENTATIONS:
         if implementation.runs(device_type, features):
-            logger.info_once(
-                "Attention for training on %s with %s runs on %s.",
-                device_type,
-                ", ".join(sorted(features)) or "no extra features",
-                implementation.name,
+            _log_choice(
+                implementation.name, device_type, ", ".join(sorted(features)) or "none"
             )
             return implementation
     raise ValueError(
         f"No attention for training has the features {sorted(features)} on "
         f"{device_type}; the table in {__name__} lists those there are."
+    )
+
+
+@torch.compiler.assume_constant_result
+def _log_choice(name: str, device_type: str, features: str) -> None:
+    """Log once; torch.compile calls it while tracing and leaves it out after."""
+    logger.info_once(
+        "Attention for training runs on %s (device: %s; extra features: %s).",
+        name,
+        device_type,
+        features,
     )
 
 

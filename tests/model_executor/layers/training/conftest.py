@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How the layers' tests judge accuracy and memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm.model_executor.parallel_context import ParallelContext
+
+
+@pytest.fixture
+def single() -> ParallelContext:
+    return ParallelContext.single()
+
+
+@pytest.fixture
+def second_of_two() -> ParallelContext:
+    """A context of two ranks without a group: enough to build layers."""
+    return ParallelContext(tp_rank=1, tp_size=2, rank=1)
+
+
+def _assert_as_accurate(
+    what: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
+) -> None:
+    """The error is at most twice that of plain torch in the same dtype.
+
+    Judged by the root mean square over all elements, which unlike the largest error
+    does not depend on luck. No element may be off by more than eight times the
+    largest error of plain torch, so that a single wrong one is found. Both bounds
+    allow the rounding of the result itself on top: eps times the size of the exact
+    values.
+
+    Args:
+        what: names the tensor in the message.
+        actual: the result to judge.
+        plain: the same by plain torch, in the dtype of actual.
+        exact: the same in fp64.
+    """
+    assert actual.dtype == plain.dtype, what
+    assert actual.shape == plain.shape == exact.shape, what
+    if not exact.numel():
+        return
+    eps = torch.finfo(actual.dtype).eps
+    error, plain_error = (actual.double() - exact).abs(), (plain.double() - exact).abs()
+    bound = 2 * _rms(plain_error) + eps * _rms(exact)
+    assert _rms(error) <= bound, f"{what}: RMS error {_rms(error):.3e} > {bound:.3e}"
+    bound = 8 * plain_error.max() + eps * exact.abs().max()
+    if not error.max() <= bound:
+        where = torch.unravel_index(error.argmax(), error.shape)
+        coordinate = tuple(int(index) for index in where)
+        raise AssertionError(
+            f"{what}: error {error.max():.3e} at {coordinate} exceeds {bound:.3e}; "
+            f"got {actual[coordinate]}, plain torch {plain[coordinate]}, "
+            f"exact {exact[coordinate]}"
+        )
+
+
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.square().mean().sqrt()
+
+
+@pytest.fixture
+def assert_as_accurate() -> Callable[..., None]:
+    return _assert_as_accurate
+
+
+def _assert_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bit for bit; the message names the first difference."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    if torch.equal(actual, expected):
+        return
+    coordinate = tuple(int(index) for index in (actual != expected).nonzero()[0])
+    raise AssertionError(
+        f"{what}: first difference at {coordinate}: {actual[coordinate]} and "
+        f"{expected[coordinate]}"
+    )
+
+
+@pytest.fixture
+def assert_equal() -> Callable[..., None]:
+    return _assert_equal
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that torch returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> LargestTensor:
+    return LargestTensor()

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What holds for every layer; a new layer has to be added here."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vllm.model_executor.layers import training
+from vllm.model_executor.layers.training import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RMSNorm,
+    RotaryEmbedding,
+    RowParallelLinear,
+    SiluAndMul,
+    TrainableAttention,
+    TrainingLayer,
+    VLLMFlashAttention,
+    VocabParallelEmbedding,
+)
+
+TOKENS, SIZE = 9, 16
+
+
+def x(*shape, dtype):
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def qkv(dtype):
+    return tuple(x(TOKENS, 2, 8, dtype=dtype) for _ in range(3))
+
+
+def positions():
+    return torch.arange(TOKENS)
+
+
+# Each layer with a dtype: how to build it, and inputs for it.
+LAYERS = {
+    ColumnParallelLinear: (
+        lambda dtype: ColumnParallelLinear(SIZE, 12, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    RowParallelLinear: (
+        lambda dtype: RowParallelLinear(SIZE, 12, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    MergedColumnParallelLinear: (
+        lambda dtype: MergedColumnParallelLinear(SIZE, [4, 8], params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    QKVParallelLinear: (
+        lambda dtype: QKVParallelLinear(SIZE, 4, 4, 2, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    VocabParallelEmbedding: (
+        lambda dtype: VocabParallelEmbedding(TOKENS, SIZE, params_dtype=dtype),
+        lambda dtype: (torch.randperm(TOKENS),),
+    ),
+    ParallelLMHead: (
+        lambda dtype: ParallelLMHead(20, SIZE, True, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    RMSNorm: (
+        lambda dtype: RMSNorm(SIZE, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype), x(TOKENS, SIZE, dtype=dtype)),
+    ),
+    SiluAndMul: (
+        lambda dtype: SiluAndMul(),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    RotaryEmbedding: (
+        lambda dtype: RotaryEmbedding(8, max_position_embeddings=TOKENS),
+        lambda dtype: (positions(), *qkv(dtype)[:2]),
+    ),
+    TrainableAttention: (
+        lambda dtype: TrainableAttention(2, 8),
+        lambda dtype: qkv(dtype),
+    ),
+    VLLMFlashAttention: (
+        lambda dtype: VLLMFlashAttention(
+            SIZE, 2, bias=True, rotary=RotaryEmbedding(8), params_dtype=dtype
+        ),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype), positions()),
+    ),
+}
+
+each_layer = pytest.mark.parametrize("kind", list(LAYERS), ids=lambda k: k.__name__)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+
+
+def run(layer, inputs):
+    """Outputs as a tuple."""
+    output = layer(*inputs)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def make(kind, dtype):
+    torch.manual_seed(0)
+    build, inputs = LAYERS[kind]
+    return build(dtype), inputs(dtype)
+
+
+def test_no_layer_is_forgotten():
+    public = (getattr(training, name) for name in training.__all__)
+    layers = {
+        each
+        for each in public
+        if isinstance(each, type) and issubclass(each, TrainingLayer)
+    }
+    assert layers - {TrainingLayer} == LAYERS.keys()
+
+
+@each_dtype
+@each_layer
+def test_everything_gets_a_gradient(kind, dtype):
+    layer, inputs = make(kind, dtype)
+    outputs = run(layer, inputs)
+    sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
+    leaves = dict(layer.named_parameters()) | {
+        f"input {index}": leaf
+        for index, leaf in enumerate(inputs)
+        if leaf.is_floating_point()
+    }
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and leaf.grad.ne(0).any(), name
+        assert leaf.grad.dtype == dtype and leaf.grad.isfinite().all(), name
+    for output in outputs:
+        assert output.dtype == dtype
+
+
+@each_layer
+def test_parameters_are_ordinary_and_described(kind):
+    layer, _ = make(kind, torch.float32)
+    own = dict(layer.named_parameters(recurse=False))
+    assert layer.parameter_sharding().keys() == own.keys()
+    for name, parameter in layer.named_parameters():
+        assert type(parameter) is nn.Parameter and parameter.requires_grad, name
+
+
+@each_layer
+def test_copies_and_state_dicts(kind, assert_equal):
+    layer, inputs = make(kind, torch.float32)
+    clone = copy.deepcopy(layer)
+    torch.manual_seed(99)
+    loaded = LAYERS[kind][0](torch.float32)
+    loaded.load_state_dict(layer.state_dict())
+    expected = run(layer, inputs)
+    for other in (clone, loaded):
+        for a, b in zip(run(other, inputs), expected):
+            assert_equal("output", a, b)
+
+
+@each_layer
+def test_inference_mode_and_compile_change_nothing(kind, assert_equal):
+    layer, inputs = make(kind, torch.float32)
+    expected = run(layer, inputs)
+    with torch.inference_mode():
+        for a, b in zip(run(layer, inputs), expected):
+            assert_equal("inference mode", a, b)
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for a, b in zip(run(compiled, inputs), expected):
+            assert_equal("compiled", a, b)
