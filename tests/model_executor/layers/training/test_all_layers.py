@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
@@ -158,13 +159,22 @@ def test_copies_and_state_dicts(kind, assert_equal):
 
 
 @each_layer
-def test_inference_mode_and_compile_change_nothing(kind, assert_equal):
+def test_inference_mode_changes_nothing(kind, assert_equal):
     layer, inputs = make(kind, torch.float32)
     expected = run(layer, inputs)
     with torch.inference_mode():
         for a, b in zip(run(layer, inputs), expected):
-            assert_equal("inference mode", a, b)
+            assert_equal("output", a, b)
+
+
+@each_layer
+def test_the_compiler_sees_one_graph(kind, assert_equal, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    layer, inputs = make(kind, torch.float32)
+    expected = run(layer, inputs)
+    backend = CompileCounter()
     with torch._dynamo.config.patch(disable=False):
-        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
         for a, b in zip(run(compiled, inputs), expected):
-            assert_equal("compiled", a, b)
+            assert_equal("output", a, b)
+    assert backend.frame_count == 1
