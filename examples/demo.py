@@ -35,6 +35,7 @@ from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
+from vllm.training.files import whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -189,10 +190,10 @@ def write_report(path: Path, report: dict, losses: list[float], scores: Scores) 
         xlabel="engine, tensor_parallel_size=2",
         ylabel="trainer",
     )
-    figure.savefig(path / "report.part.png", dpi=120)
-    os.replace(path / "report.part.png", path / "report.png")
-    (path / "report.part.json").write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(path / "report.part.json", path / "report.json")
+    with whole_file(path / "report.png") as part:
+        figure.savefig(part, dpi=120)
+    with whole_file(path / "report.json") as part:
+        part.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.training.sharding import (
     part_slices,
     take_shard,
 )
+from vllm.training.files import whole_file
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -356,9 +357,5 @@ def save_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     tensors = {
         name: tensor.contiguous().cpu() for name, tensor in checkpoint_tensors(module)
     }
-    temporary = directory / f".{WEIGHTS_NAME}.{os.getpid()}"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, directory / WEIGHTS_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(directory / WEIGHTS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.training import (
 from vllm.model_executor.layers.training.base import init_skipped, skip_init
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.files import whole_file
 from vllm.training.weights import (
     CheckpointLayout,
     EngineLoader,
@@ -287,7 +288,8 @@ class GenericTransformerForCausalLM(nn.Module):
         """Write `config.json` and `model.safetensors`, which can be served as is."""
         save_checkpoint(self, directory)
         self.config.dtype = next(self.parameters()).dtype
-        self.config.save_pretrained(directory)
+        with whole_file(Path(directory) / "config.json") as path:
+            self.config.to_json_file(path)
 
     @classmethod
     def from_pretrained(

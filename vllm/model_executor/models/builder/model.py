@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.binding import bind_engine_layers
@@ -73,6 +74,7 @@ class HeadTap:
         return hidden_states
 
 
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class BuiltModel(nn.Module):
     """A training-only module behind the engine's interface.
 
@@ -81,7 +83,8 @@ class BuiltModel(nn.Module):
     `forward`, which so returns hidden states, and applied by `compute_logits`.
 
     A builder that returns a module with the engine's interface gets no wrapper:
-    instantiating this class then gives that very module.
+    instantiating this class then gives that very module. Unless the engine is eager,
+    `forward` is compiled as vLLM's own models are.
     """
 
     spec: ClassVar[BuilderSpec]
