@@ -4,10 +4,8 @@
 
 import os
 
-# Engines run in the test's process unless a test asks for
-# more, and eagerly: a compilation per engine would take most of the suite's time.
+# Engines run in the test's process unless a test asks for more.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -20,7 +20,10 @@ def clean_registry(monkeypatch):
 
 @pytest.fixture
 def make_llm(clean_registry):
-    """`make_llm(directory, **options)` starts an engine that ends with the test."""
+    """`make_llm(directory, **options)` starts an engine that ends with the test.
+
+    It is eager unless told otherwise: compiling every engine takes too long.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -28,7 +31,11 @@ def make_llm(clean_registry):
 
     def make(directory, **options):
         stop_all()
-        options = {"dtype": "float32", "max_model_len": 256} | options
+        options = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "enforce_eager": True,
+        } | options
         options |= {"disable_log_stats": True, "skip_tokenizer_init": True}
         engines.append(LLM(str(directory), **options))
         return engines[-1]

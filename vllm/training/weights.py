@@ -258,10 +258,13 @@ def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
 def _shard_loader(shard: LocalShard) -> Callable[..., None]:
     parts = {part.shard_id: part for part in shard.sharding.parts}
 
+    # vLLM's reloading replays the call and knows its arguments by these names.
     def load_shard(
-        target: torch.Tensor, tensor: torch.Tensor, shard_id: str | int | None = None
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: str | int | None = None,
     ) -> None:
-        shard.put(target.data, tensor, parts[shard_id])
+        shard.put(param.data, loaded_weight, parts[loaded_shard_id])
 
     return load_shard
 

@@ -46,6 +46,14 @@ def test_the_generic_transformer(make_llm, tmp_path, tied, dtype):
         assert all(len(completion.token_ids) == 8 for completion in completions)
 
 
+def test_a_compiled_engine(make_llm, tmp_path):
+    model = save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_plain)
+    llm = make_llm(tmp_path, enforce_eager=False)
+    assert llm.apply_model(lambda served: served.do_not_compile) == [False]
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
 def test_a_lazy_builder_in_model_class_overrides(make_llm, tmp_path):
     model = save_plain(tmp_path)
     overrides = {PLAIN: f"{build_plain.__module__}:build_plain"}
@@ -119,13 +127,15 @@ def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path, monkeypatch)
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
 
 
-def test_what_follows_the_head_is_refused(make_llm, tmp_path):
+@pytest.mark.parametrize("eager", [True, False])
+def test_what_follows_the_head_is_refused(make_llm, tmp_path, eager):
     save_plain(tmp_path)
     ModelRegistry.register_model(PLAIN, build_scaled)
+    error = TypeError if eager else torch._dynamo.exc.Unsupported
     with pytest.raises(
-        TypeError, match="does not return the output of its head 'to_vo"
+        error, match="does not return the output of its head 'to_vocab'"
     ):
-        make_llm(tmp_path)
+        greedy(make_llm(tmp_path, enforce_eager=eager), PROMPTS)
 
 
 @pytest.mark.parametrize(

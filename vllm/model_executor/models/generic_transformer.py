@@ -8,6 +8,7 @@ and so are the names of the checkpoint's tensors.
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,11 @@ from vllm.model_executor.layers.training import (
     VLLMFlashAttention,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.layers.training.base import init_skipped, skip_init
+from vllm.model_executor.layers.training.base import (
+    TrainingLayer,
+    init_skipped,
+    skip_init,
+)
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.files import whole_file
@@ -254,12 +259,19 @@ class GenericTransformerForCausalLM(nn.Module):
         return cls(config, parallel_context)
 
     def reset_parameters(self) -> None:
-        """Normal weights of `initializer_range`; norms keep their ones."""
+        """Normal weights of `initializer_range`; norms keep their ones.
+
+        Ranks with the same seed hold shards of the weights that one rank would draw.
+        """
         if init_skipped():
             return
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        fill = partial(nn.init.normal_, std=self.config.initializer_range)
+        for layer in self.modules():
+            if not isinstance(layer, TrainingLayer):
+                continue
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.dim() > 1:
+                    layer.draw(name, fill)
 
     def forward(
         self,

@@ -169,7 +169,6 @@ def test_inference_mode_changes_nothing(kind, assert_equal):
 
 @each_layer
 def test_the_compiler_sees_one_graph(kind, assert_equal, monkeypatch):
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     layer, inputs = make(kind, torch.float32)
     expected = run(layer, inputs)
     backend = CompileCounter()

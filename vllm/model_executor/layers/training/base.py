@@ -121,7 +121,7 @@ class TrainingLayer(nn.Module):
             self.reset_parameters()
 
     @torch.no_grad()
-    def _draw(self, name: str, fill_: Callable[[torch.Tensor], object]) -> None:
+    def draw(self, name: str, fill_: Callable[[torch.Tensor], object]) -> None:
         """Initialise a parameter as the shard of a full one that fill_ draws."""
         param = getattr(self, name)
         sharding = self.parameter_sharding()[name]

@@ -111,7 +111,7 @@ class VocabParallelEmbedding(_VocabParallel):
 
     def reset_parameters(self) -> None:
         """Standard normal, as torch.nn.Embedding."""
-        self._draw("weight", nn.init.normal_)
+        self.draw("weight", nn.init.normal_)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Look up tokens.
@@ -183,9 +183,9 @@ class ParallelLMHead(_VocabParallel):
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(embedding_dim), as torch.nn.Linear."""
         bound = 1 / math.sqrt(self.embedding_dim) if self.embedding_dim else 0.0
-        self._draw("weight", lambda t: nn.init.uniform_(t, -bound, bound))
+        self.draw("weight", lambda t: nn.init.uniform_(t, -bound, bound))
         if self.has_bias:
-            self._draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
+            self.draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
         """Share the embedding's weight from now on.

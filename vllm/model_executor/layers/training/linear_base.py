@@ -63,9 +63,9 @@ class ParallelLinear(TrainingLayer):
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(input_size), weight and bias, as torch.nn.Linear."""
         bound = 1 / math.sqrt(self.input_size) if self.input_size else 0.0
-        self._draw("weight", lambda t: nn.init.uniform_(t, -bound, bound))
+        self.draw("weight", lambda t: nn.init.uniform_(t, -bound, bound))
         if self.has_bias:
-            self._draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
+            self.draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
 
     def _check_input(self, x: torch.Tensor, expected: int) -> None:
         if x.shape[-1] != expected:

@@ -50,7 +50,7 @@ class RMSNorm(TrainingLayer):
 
     def reset_parameters(self) -> None:
         """Ones."""
-        self._draw("weight", nn.init.ones_)
+        self.draw("weight", nn.init.ones_)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
