@@ -198,7 +198,7 @@ def write_report(path: Path, report: dict, losses: list[float], scores: Scores) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
     model_dir = args.out / "model"
