@@ -56,7 +56,7 @@ demo: setup
 test: setup
 	$(PY) -m pytest -q --durations=10
 
-test-upstream: setup $(VENV)/.upstream-requirements
+test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py
 
 lint: setup $(VENV)/.lint-requirements
