@@ -180,7 +180,7 @@ def test_each_rank_takes_its_sections_of_a_fused_tensor(rank):
     context = ParallelContext(tp_rank=rank, tp_size=2)
     full, shard = Fused(ParallelContext.single()), Fused(context)
     layout = CheckpointLayout.of(shard)
-    loader = EngineLoader(shard, layout, complete=True)
+    loader = EngineLoader(shard, layout, None)
     loader.load(checkpoint_tensors(full))
 
     q, k, v = full.qkv.weight.split([16, 8, 8])
@@ -192,9 +192,9 @@ def test_each_rank_takes_its_sections_of_a_fused_tensor(rank):
     )
 
 
-def test_later_loads_may_bring_a_part():
+def test_later_loads_may_bring_whole_modules():
     model = GenericTransformerForCausalLM(config())
-    loader = EngineLoader(model, CheckpointLayout.of(model), complete=True)
+    loader = EngineLoader(model, CheckpointLayout.of(model), None)
     with pytest.raises(ValueError, match="Missing"):
         loader.load([("model.norm.weight", torch.ones(64))])
     loader.load(list(checkpoint_tensors(GenericTransformerForCausalLM(config()))))
@@ -202,8 +202,36 @@ def test_later_loads_may_bring_a_part():
         "model.norm.weight"
     }
     assert model.model.norm.weight.eq(2).all()
+    before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="Not in the model .1.: no.such"):
-        loader.load([("no.such", torch.ones(1))])
+        loader.load([("model.norm.weight", torch.ones(64)), ("no.such", torch.ones(1))])
+    part = "model.layers.1.self_attn.q_proj.weight"
+    with pytest.raises(
+        ValueError, match=r"Missing .2.: model\.layers\.1\.self_attn\.k"
+    ):
+        loader.load([(part, torch.ones(64, 64))])
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_tied_tensor_under_its_other_name(tmp_path):
+    """As safetensors' `save_model` leaves it: one of the names, whichever."""
+    model = GenericTransformerForCausalLM(config(tie_word_embeddings=True))
+    tensors = {name: t.clone() for name, t in checkpoint_tensors(model)}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    other = GenericTransformerForCausalLM(config(tie_word_embeddings=True))
+    load_checkpoint(other, tmp_path)
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_a_module_in_two_places(tmp_path):
+    shared = nn.Linear(2, 2)
+    module = nn.ModuleDict({"a": shared, "b": shared})
+    assert list(CheckpointLayout.of(module).tensors) == ["a.weight", "a.bias"]
+    state = {name: t.clone() for name, t in module.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    load_checkpoint(module, tmp_path)
 
 
 def test_sharded_saving_is_refused(tmp_path):

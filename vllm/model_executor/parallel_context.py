@@ -44,10 +44,10 @@ class ParallelContext:
         pp_group: group for pipeline transfers, None when pp_size is 1.
         dp_group: group for data-parallel collectives, None when dp_size is 1.
         tp_reduction_shards: the number of partial products that a row-parallel
-            output is the ordered sum of (DESIGN §5e). It is tp_size by default; a
-            trainer with a smaller tensor-parallel size reproduces the arithmetic of
-            an engine with a larger one by naming the engine's size here. A
-            multiple of tp_size.
+            output is the ordered sum of (RFC.md, numerics contract, e). It is tp_size
+            by default; a trainer with a smaller tensor-parallel size will reproduce
+            the arithmetic of an engine with a larger one by naming the engine's size
+            here. A multiple of tp_size; layers refuse others than tp_size so far.
     """
 
     tp_rank: int = 0

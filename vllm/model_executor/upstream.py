@@ -20,6 +20,7 @@ modules below may import that one.
         vLLM's process groups, shared by trainer and engine.
     LogitsProcessor: gathers the head's tensor-parallel logits in the engine.
     BaseRegisteredModel, ModelInfo: an entry of the model registry.
+    finalize_layerwise_reload: ends vLLM's reloading of weights.
     MODEL_ARCH_BY_HASH: the cache of classes that architectures were resolved to.
     ConfigParserBase, CONFIG_PARSERS, CONFIG_REGISTRY, register_config_parser: how
         a model's config.json is read, and which model types vLLM knows.
@@ -51,6 +52,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
     pad_vocab_size,
 )
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.utils import (
     _MODEL_ARCH_BY_HASH as MODEL_ARCH_BY_HASH,
 )
@@ -92,6 +94,7 @@ __all__ = [
     "current_platform",
     "destroy_distributed_environment",
     "destroy_model_parallel",
+    "finalize_layerwise_reload",
     "get_dp_group",
     "get_pp_group",
     "get_tp_group",

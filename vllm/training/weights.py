@@ -9,17 +9,19 @@ tensors if the layer names them, and is accepted whole as well.
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
@@ -28,6 +30,9 @@ from vllm.model_executor.layers.training.sharding import (
     take_shard,
 )
 from vllm.training.files import whole_file
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -84,21 +89,22 @@ class CheckpointLayout:
     Attributes:
         tensors: What a checkpoint of the module holds, by name.
         fused: Whole fused parameters, accepted in place of their named parts.
-        aliases: Other names of tied parameters, accepted and not read.
+        aliases: Other names of tied parameters, with the name of the first: accepted
+            in its place.
         shards: What this rank holds of each parameter, by parameter name.
     """
 
     tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
     fused: dict[str, CheckpointTensor] = field(default_factory=dict)
-    aliases: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
     shards: dict[str, LocalShard] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> "CheckpointLayout":
         """The layout of `module`, before it is bound to an engine."""
         layout = cls()
-        seen: set[int] = set()
-        for path, layer in module.named_modules():
+        seen: dict[int, str] = {}
+        for path, layer in module.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             shardings: Mapping[str, ParameterSharding] = {}
             rank, size = 0, 1
@@ -107,9 +113,9 @@ class CheckpointLayout:
                 rank, size = layer.tp_rank, layer.tp_size
             for name, tensor in _own_tensors(layer):
                 if id(tensor) in seen:
-                    layout.aliases.add(prefix + name)
+                    layout.aliases[prefix + name] = seen[id(tensor)]
                     continue
-                seen.add(id(tensor))
+                seen[id(tensor)] = prefix + name
                 whole = ParameterSharding.replicated(tensor.shape)
                 sharding = shardings.get(name, whole)
                 layout.shards[prefix + name] = LocalShard(sharding, rank, size)
@@ -153,12 +159,14 @@ class LayoutCheck:
     def match(self, name: str, shape: Iterable[int]) -> CheckpointTensor | None:
         """The layout's tensor of that name; None if it is not to be loaded."""
         layout = self.layout
-        tensor = layout.tensors.get(name) or layout.fused.get(name)
+        known = layout.aliases.get(name, name)
+        tensor = layout.tensors.get(known) or layout.fused.get(known)
         if tensor is None:
-            if name not in layout.aliases:
-                self.extra.append(name)
+            self.extra.append(name)
             return None
-        self.found.add(name)
+        if name in layout.aliases and known in self.found:
+            return None
+        self.found.add(known)
         if tuple(shape) != tuple(tensor.shape):
             self.misshapen.append(
                 f"{name} is {list(shape)}, the model needs {list(tensor.shape)}"
@@ -166,22 +174,31 @@ class LayoutCheck:
             return None
         return tensor
 
-    def finish(self, *, complete: bool) -> None:
-        """Report everything that is wrong.
-
-        Args:
-            complete: Whether a missing tensor is an error by itself.
-
-        Raises:
-            ValueError: Names every missing, extra and wrongly shaped tensor.
-        """
-        missing = [
+    def missing(self) -> list[str]:
+        """Tensors of the layout that have not been matched."""
+        return [
             name
             for name, tensor in self.layout.tensors.items()
             if name not in self.found and tensor.parameter not in self.found
         ]
-        if not (self.extra or self.misshapen or (complete and missing)):
-            return
+
+    def missing_beside_found(self) -> list[str]:
+        """Those of `missing` whose module has been matched in part."""
+        tensors = self.layout.tensors | self.layout.fused
+        touched = {_module_of(tensors[name].parameter) for name in self.found}
+        return [
+            n for n in self.missing() if _module_of(tensors[n].parameter) in touched
+        ]
+
+    def finish(self, missing: list[str]) -> None:
+        """Report everything that is wrong.
+
+        Args:
+            missing: Names whose absence is an error.
+
+        Raises:
+            ValueError: Names every missing, extra and wrongly shaped tensor.
+        """
         report = ["The checkpoint does not fit the model."]
         for title, names in (
             ("Missing", missing),
@@ -190,24 +207,39 @@ class LayoutCheck:
         ):
             if names:
                 report.append(f"{title} ({len(names)}): {'; '.join(sorted(names))}.")
-        raise ValueError(" ".join(report))
+        if len(report) > 1:
+            raise ValueError(" ".join(report))
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 class EngineLoader:
     """`load_weights` of a model whose layers are bound to the engine.
 
+    The first load has to bring every tensor, unless the engine started with dummy
+    weights. Later loads, inside vLLM's reloading, may bring whole modules: vLLM
+    rebuilds every module it touches from what it is given. A later load that does not
+    fit leaves the engine with the weights it had.
+
     Args:
         model: The bound model.
         layout: The layout from before binding; names are the same.
-        complete: Whether the first load has to bring every tensor. Later loads
-            may bring some, as weight synchronisation does.
+        model_config: The engine's; None outside of an engine.
+        complete: Whether the first load has to bring every tensor.
     """
 
     def __init__(
-        self, model: nn.Module, layout: CheckpointLayout, complete: bool
+        self,
+        model: nn.Module,
+        layout: CheckpointLayout,
+        model_config: "ModelConfig | None",
+        complete: bool = True,
     ) -> None:
         self.model = model
         self.layout = layout
+        self.model_config = model_config
         self.complete = complete
         _add_weight_loaders(model, layout)
 
@@ -215,7 +247,8 @@ class EngineLoader:
         """Load whole tensors, of which every rank keeps its shard.
 
         Args:
-            weights: Checkpoint names and full tensors, in any order.
+            weights: Checkpoint names and full tensors, in any order. A later load
+                reads all of them before it changes anything.
 
         Returns:
             The names of the parameters that were loaded.
@@ -223,24 +256,56 @@ class EngineLoader:
         Raises:
             ValueError: Names all missing, extra and wrongly shaped tensors.
         """
-        targets = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         check = LayoutCheck(self.layout)
+        if self.complete:
+            loaded = self._put(check, weights)
+            check.finish(check.missing())
+            self.complete = False
+            return loaded
+        weights = list(weights)
+        for name, tensor in weights:
+            check.match(name, tensor.shape)
+        try:
+            check.finish(check.missing_beside_found())
+        except ValueError:
+            self._abandon_reload()
+            raise
+        return self._put(LayoutCheck(self.layout), weights)
+
+    def _put(
+        self, check: LayoutCheck, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> set[str]:
+        """Load every tensor that `check` matches."""
+        targets: dict[str, torch.Tensor] = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        tied = defaultdict(list)
+        for alias, first in self.layout.aliases.items():
+            tied[first].append(alias)
         loaded = set()
         for name, tensor in weights:
             entry = check.match(name, tensor.shape)
             if entry is None:
                 continue
-            target = targets[entry.parameter]
-            for part, piece in entry.pieces(tensor):
+            places = {
+                id(target): target
+                for place in (entry.parameter, *tied[entry.parameter])
+                if (target := targets.get(place)) is not None
+            }
+            for target in places.values():
                 load: Callable[..., None] = getattr(target, "weight_loader", _copy)
-                if part.shard_id is None:
-                    load(target, piece)
-                else:
-                    load(target, piece, part.shard_id)
+                for part, piece in entry.pieces(tensor):
+                    shard_id = () if part.shard_id is None else (part.shard_id,)
+                    load(target, piece, *shard_id)
             loaded.add(entry.parameter)
-        check.finish(complete=self.complete)
-        self.complete = False
         return loaded
+
+    def _abandon_reload(self) -> None:
+        """Give the modules back the weights they had before vLLM began to reload."""
+        parameters = self.model.parameters()
+        if any(parameter.device.type == "meta" for parameter in parameters):
+            upstream.finalize_layerwise_reload(self.model, self.model_config)
 
 
 def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -294,7 +359,7 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
             name: check.match(name, handle.get_slice(name).get_shape())
             for name, handle in source.items()
         }
-        check.finish(complete=True)
+        check.finish(check.missing())
         targets = dict(module.named_parameters()) | dict(module.named_buffers())
         with torch.no_grad():
             for name, entry in matched.items():

@@ -152,3 +152,23 @@ def assert_trainer_agrees(model, prompts, completions, atol: float = 1e-3) -> No
         torch.testing.assert_close(
             torch.tensor(engine), logprobs.amax(-1), atol=atol, rtol=0
         )
+
+
+@torch.no_grad()
+def assert_logprobs_agree_in_bf16(model, prompts, completions) -> None:
+    """The bf16 training model gives the engine's tokens the engine's logprobs.
+
+    Each rounds its logits to 8 bits; they may be four such steps apart.
+    """
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens = torch.tensor(completion.token_ids)
+        logits = model(torch.tensor(prompt + tokens.tolist()))[len(prompt) - 1 : -1]
+        expected = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        engine = [
+            entry[token].logprob
+            for token, entry in zip(completion.token_ids, completion.logprobs)
+        ]
+        step = logits.float().abs().max().item() * 2**-8
+        torch.testing.assert_close(
+            torch.tensor(engine), expected, atol=4 * step, rtol=0
+        )

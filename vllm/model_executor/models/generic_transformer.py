@@ -33,6 +33,7 @@ from vllm.model_executor.layers.training.base import (
     skip_init,
 )
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.config import check_sizes
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.files import whole_file
 from vllm.training.weights import (
@@ -85,19 +86,10 @@ class GenericTransformerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(vars(self), type(self).__name__)
         heads = self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by "
-                f"num_attention_heads {heads}. Change one of them or give head_dim."
-            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}."
-            )
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64
         if self.head_dim is None:
@@ -105,6 +97,34 @@ class GenericTransformerConfig(PreTrainedConfig):
         if self.architectures is None:
             self.architectures = ["GenericTransformerForCausalLM"]
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "GenericTransformerConfig":
+        """The same sizes from another class of config, such as transformers' Llama's.
+
+        Raises:
+            ValueError: It asks for something that the model does not have.
+        """
+        if isinstance(config, cls):
+            return config
+        fields = config.to_dict()
+        rope = fields.pop("rope_parameters", None) or {}
+        fields.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        wanted = {
+            "rope_type": (rope.get("rope_type", "default"), "default"),
+            "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (fields.get("attention_bias", False), False),
+            "mlp_bias": (fields.get("mlp_bias", False), False),
+        }
+        other = {name: given for name, (given, has) in wanted.items() if given != has}
+        if other:
+            raise ValueError(
+                f"A generic transformer cannot be built from this "
+                f"{type(config).__name__}: it asks for {other}, but the model has "
+                f"{ {name: wanted[name][1] for name in other} }."
+            )
+        fields.pop("architectures", None)
+        return cls.from_dict(fields)
 
 
 class GenericTransformerMLP(nn.Module):
@@ -136,22 +156,20 @@ class GenericTransformerBlock(nn.Module):
     """Attention and MLP, each on a normed copy of the residual stream."""
 
     def __init__(
-        self, config: GenericTransformerConfig, context: ParallelContext
+        self,
+        config: GenericTransformerConfig,
+        rotary: RotaryEmbedding,
+        context: ParallelContext,
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        assert config.head_dim is not None, "set by the config itself"
         self.input_layernorm = RMSNorm(hidden, eps)
         self.self_attn = VLLMFlashAttention(
             hidden,
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim=config.head_dim,
-            rotary=RotaryEmbedding(
-                config.head_dim,
-                max_position_embeddings=config.max_position_embeddings,
-                base=config.rope_theta,
-            ),
+            rotary=rotary,
             parallel_context=context,
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps)
@@ -180,8 +198,14 @@ class GenericTransformer(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, parallel_context=context
         )
+        assert config.head_dim is not None, "set by the config itself"
+        rotary = RotaryEmbedding(
+            config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            base=config.rope_theta,
+        )
         self.layers = nn.ModuleList(
-            GenericTransformerBlock(config, context)
+            GenericTransformerBlock(config, rotary, context)
             for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -224,8 +248,8 @@ class GenericTransformerForCausalLM(nn.Module):
     """The trainable model: token ids to logits.
 
     Args:
-        config: The sizes. Another config class may be given if it has the fields
-            of `GenericTransformerConfig` without a default there.
+        config: The sizes; another class of config goes through
+            `GenericTransformerConfig.of`.
         parallel_context: The shard to build. Default: this process's, or the
             whole model.
 
@@ -239,8 +263,7 @@ class GenericTransformerForCausalLM(nn.Module):
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(config, GenericTransformerConfig):
-            config = GenericTransformerConfig.from_dict(config.to_dict())
+        config = GenericTransformerConfig.of(config)
         context = parallel_context or ParallelContext.current_or_single()
         self.config = config
         self.model = GenericTransformer(config, context)
@@ -348,10 +371,12 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
                 built = GenericTransformerForCausalLM(config)
         self.model, self.lm_head = built.model, built.lm_head
         layout = CheckpointLayout.of(self)
+        model_config = None
         if not isinstance(vllm_config, PreTrainedConfig):
-            bind_engine_layers(self, vllm_config, prefix)
+            model_config = vllm_config.model_config
+            bind_engine_layers(self, vllm_config, prefix, head="lm_head")
             self.logits_processor = upstream.LogitsProcessor(built.config.vocab_size)
-        self.loader = EngineLoader(self, layout, complete=True)
+        self.loader = EngineLoader(self, layout, model_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings, shape = [num_tokens, hidden_size]."""

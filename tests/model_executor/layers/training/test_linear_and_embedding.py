@@ -237,3 +237,9 @@ def test_a_collective_without_a_group_says_what_is_missing(second_of_two):
     column = ColumnParallelLinear(4, 6, parallel_context=second_of_two)
     with pytest.raises(RuntimeError, match="tp_size=2 but tp_group=None"):
         column(torch.zeros(2, 4))
+
+
+def test_reduction_shards_are_refused_rather_than_ignored():
+    context = ParallelContext(tp_reduction_shards=4)
+    with pytest.raises(ValueError, match="tp_reduction_shards=4 with tp_size=1 is not"):
+        RowParallelLinear(8, 8, parallel_context=context)

@@ -176,3 +176,25 @@ def test_bad_input_is_refused():
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             token_logprobs(*arguments, **options)
+
+
+def test_autocast_is_that_of_plain_torch():
+    torch.manual_seed(0)
+    head = nn.Linear(32, 200, bias=True)
+    hidden = torch.randn(40, 32, requires_grad=True)
+    targets = torch.randint(0, 200, (40,))
+    weights = [hidden, head.weight, head.bias]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_logprobs(hidden, head, targets)
+        logits = head(hidden)
+    plain = logits.log_softmax(-1, dtype=torch.float32)
+    plain = plain.gather(1, targets[:, None])[:, 0]
+    assert torch.equal(ours, plain)
+    exact = (hidden.double() @ head.weight.double().T + head.bias.double()).log_softmax(
+        -1
+    )
+    exact = exact.gather(1, targets[:, None])[:, 0]
+    grads = [torch.autograd.grad(x.sum(), weights) for x in (ours, plain, exact)]
+    for got, torch_got, want in zip(*grads):
+        error, torch_error = (got - want).norm(), (torch_got - want).norm()
+        assert error <= 2 * torch_error

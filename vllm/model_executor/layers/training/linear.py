@@ -136,7 +136,8 @@ class RowParallelLinear(ParallelLinear):
         bias: shape = [output_size] or None
 
     Raises:
-        ValueError: the ranks do not divide input_size, or a bias without a sum.
+        ValueError: the ranks do not divide input_size, a bias without a sum, or
+            tp_reduction_shards other than tp_size.
     """
 
     def __init__(
@@ -155,6 +156,12 @@ class RowParallelLinear(ParallelLinear):
             input_size, output_size, bias, params_dtype, return_bias, parallel_context
         )
         self._check_divisible("input_size", input_size)
+        shards = self.parallel_context.tp_reduction_shards
+        if shards != self.tp_size:
+            raise ValueError(
+                f"tp_reduction_shards={shards} with tp_size={self.tp_size} is not "
+                "supported yet; leave it out, which sums one product per rank."
+            )
         if bias and not reduce_results:
             raise ValueError(
                 "bias=True with reduce_results=False would leave the bias in one "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def token_logprobs(
 
     Args:
         hidden_states: shape = [num_tokens, hidden_size] or [batch, seq, hidden_size],
-            in the head's dtype.
+            in the head's dtype; under autocast both are cast to its dtype.
         lm_head: the head. Its parameters are read; its forward is not called.
         targets: int64 token ids, the shape of hidden_states without the last dim.
         temperature: divides the logits; above 0.
@@ -57,16 +57,22 @@ def token_logprobs(
         ValueError: shapes, dtypes, targets or a temperature that do not fit.
     """
     head = _Head.of(lm_head)
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, head = hidden_states.to(dtype), head.to(dtype)
     _check(hidden_states, head, targets, temperature)
     hidden_states = copy_to_group(hidden_states, head.context)
-    logprobs = _TokenLogprobs.apply(
-        hidden_states.flatten(0, -2),
-        head.weight,
-        head.bias,
-        targets.flatten(),
-        temperature,
-        head,
-    )
+    # The backward computes the logits again, in the dtype they had here.
+    with torch.autocast(device, enabled=False):
+        logprobs = _TokenLogprobs.apply(
+            hidden_states.flatten(0, -2),
+            head.weight,
+            head.bias,
+            targets.flatten(),
+            temperature,
+            head,
+        )
     return logprobs.view(targets.shape)
 
 
@@ -87,6 +93,11 @@ class _Head:
     vocab_size: int
     vocab_start: int
     context: ParallelContext
+
+    def to(self, dtype: torch.dtype) -> _Head:
+        """The head with its parameters cast, under autograd."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     @classmethod
     def of(cls, lm_head: ParallelLMHead | nn.Linear) -> _Head:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.embedding import ParallelLMHead
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,7 +17,11 @@ TRAINING_LAYERS = "vllm.model_executor.layers.training."
 
 
 def bind_engine_layers(
-    module: nn.Module, vllm_config: "VllmConfig", prefix: str = ""
+    module: nn.Module,
+    vllm_config: "VllmConfig",
+    prefix: str = "",
+    *,
+    head: str | None = None,
 ) -> None:
     """Put vLLM's layers in the place of training layers throughout `module`.
 
@@ -29,6 +34,8 @@ def bind_engine_layers(
         module: Built inside an engine process; changed in place.
         vllm_config: The engine's config.
         prefix: Prepended to module paths in layer names.
+        head: Path of the `ParallelLMHead` that vLLM's `LogitsProcessor` applies. Any
+            other head stays callable, as a training layer.
 
     Raises:
         ValueError: One attention layer is used in two places, which would share
@@ -51,10 +58,16 @@ def bind_engine_layers(
                 )
             name = attention_layer_name(name, len(attention_paths))
             attention_paths[id(layer)] = path
-        elif not type(layer).__module__.startswith(TRAINING_LAYERS):
+        elif (
+            not type(layer).__module__.startswith(TRAINING_LAYERS)
+            or isinstance(layer, ParallelLMHead)
+            and path != head
+        ):
             continue
         if id(layer) not in replacements:
-            replacements[id(layer)] = layer.bind_engine(vllm_config, name)
+            replacement = layer.bind_engine(vllm_config, name)
+            _copy_attributes(layer, replacement)
+            replacements[id(layer)] = replacement
         if replacements[id(layer)] is not layer:
             _set_submodule(module, path, replacements[id(layer)])
     for first, *others in tied:
@@ -62,6 +75,13 @@ def bind_engine_layers(
         for other in others:
             parent, _, name = other.rpartition(".")
             setattr(module.get_submodule(parent), name, parameter)
+
+
+def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:
+    """Give the replacement the public attributes of the layer that it lacks."""
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and not hasattr(replacement, name):
+            setattr(replacement, name, value)
 
 
 def attention_layer_name(path: str, index: int) -> str:

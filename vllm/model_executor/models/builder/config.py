@@ -3,7 +3,7 @@
 """Reading the `config.json` of an architecture that no library knows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,31 +44,41 @@ class BuilderConfigParser(upstream.ConfigParserBase):
                 f"{', '.join(REQUIRED)} there (and, where they differ from the "
                 "defaults, num_key_value_heads, head_dim, max_position_embeddings)."
             )
-        wrong = {n: given[n] for n in REQUIRED if not _is_size(given[n])}
-        if wrong:
-            raise ValueError(f"{path}: {wrong} must be whole numbers of at least 1.")
-        check_heads(given, path)
+        check_sizes(given, str(path))
         return fields, config_class(fields).from_dict(dict(fields))
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no model can have.
 
+    Args:
+        fields: Holds those of `REQUIRED`; others may be None or absent.
+        where: Begins the message.
 
-def check_heads(fields: dict[str, Any], path: Path) -> None:
-    """Refuse attention shapes that no layer can have."""
-    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    if fields.get("head_dim") is None and hidden % heads:
+    Raises:
+        ValueError: Names the fields and what they have to be.
+    """
+    counts = (*REQUIRED, "num_key_value_heads", "head_dim")
+    given = {n: fields[n] for n in counts if fields.get(n) is not None}
+    wrong = {n: value for n, value in given.items() if not _is_count(value)}
+    if wrong:
+        raise ValueError(f"{where}: {wrong} must be whole numbers of at least 1.")
+    heads, hidden = given["num_attention_heads"], given["hidden_size"]
+    if "head_dim" not in given and hidden % heads:
         raise ValueError(
-            f"{path}: hidden_size {hidden} is not divisible by num_attention_heads "
+            f"{where}: hidden_size {hidden} is not divisible by num_attention_heads "
             f"{heads}. Change one of them or give head_dim."
         )
-    kv_heads = fields.get("num_key_value_heads")
-    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+    kv_heads = given.get("num_key_value_heads", heads)
+    if heads % kv_heads:
         raise ValueError(
-            f"{path}: num_attention_heads {heads} is not a multiple of "
+            f"{where}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}."
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:

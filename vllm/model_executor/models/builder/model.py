@@ -11,7 +11,8 @@ from torch import nn
 
 from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.base import skip_init
+from vllm.model_executor.layers.training.base import TrainingLayer, skip_init
+from vllm.model_executor.layers.training.embedding import VocabParallelEmbedding
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.training.weights import CheckpointLayout, EngineLoader
@@ -55,7 +56,8 @@ def has_vllm_interface(module: nn.Module, builder: str) -> bool:
     if missing:
         raise TypeError(
             f"The builder {builder} returned {type(module).__name__}, which has "
-            f"compute_logits but lacks {', '.join(missing)}. A module either has all "
+            f"compute_logits but lacks {', '.join(missing)} (embed_input_ids was once "
+            "called get_input_embeddings). A module either has all "
             f"of {', '.join(VLLM_INTERFACE)} and is used as it is, or has no "
             "compute_logits and forward(input_ids, positions) returns logits."
         )
@@ -69,9 +71,9 @@ class HeadTap:
         self.head_forward: Callable[..., torch.Tensor] = head.forward
         self.hidden_states: torch.Tensor | None = None
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.hidden_states = hidden_states
-        return hidden_states
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        (self.hidden_states,) = (*args, *kwargs.values())
+        return self.hidden_states
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -117,7 +119,7 @@ class BuiltModel(nn.Module):
         self.head_path = find_head(module, options.head, config, self.spec.name)
         layout = CheckpointLayout.of(module)
         strict = vllm_config.load_config.load_format != "dummy"
-        bind_engine_layers(module, vllm_config, prefix)
+        bind_engine_layers(module, vllm_config, prefix, head=self.head_path)
 
         head = module.get_submodule(self.head_path)
         self.head_tap = HeadTap(head)
@@ -126,7 +128,9 @@ class BuiltModel(nn.Module):
         object.__setattr__(
             self, "logits_processor", upstream.LogitsProcessor(vocab_size)
         )
-        object.__setattr__(self, "loader", EngineLoader(self, layout, strict))
+        object.__setattr__(
+            self, "loader", EngineLoader(self, layout, vllm_config.model_config, strict)
+        )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Refused: a training-only module takes token ids only."""
@@ -220,13 +224,14 @@ def find_head(module: nn.Module, option: str | None, config: Any, builder: str) 
             f"The builder {builder} names the head {option!r}, but the module has no "
             f"such submodule; it has {', '.join(n for n in modules if n)}."
         )
-    sizes = (config.get_text_config().vocab_size, config.get_text_config().hidden_size)
+    text_config = config.get_text_config()
+    sizes = (text_config.vocab_size, text_config.hidden_size)
     candidates = [
         name
         for name, part in modules.items()
         if name
-        and tuple(getattr(getattr(part, "weight", None), "shape", ())) == sizes
-        and not isinstance(part, (nn.Embedding, upstream.VocabParallelEmbedding))
+        and _weight_shape(part) == sizes
+        and not isinstance(part, (nn.Embedding, VocabParallelEmbedding))
     ]
     if len(candidates) != 1:
         raise ValueError(
@@ -236,3 +241,12 @@ def find_head(module: nn.Module, option: str | None, config: Any, builder: str) 
             "Name it: @model_builder(head='path')."
         )
     return candidates[0]
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Shape of a module's own weight over all ranks."""
+    if isinstance(module, TrainingLayer):
+        sharding = module.parameter_sharding().get("weight")
+        return None if sharding is None else tuple(sharding.shape)
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None

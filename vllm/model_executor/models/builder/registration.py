@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -40,10 +41,15 @@ class SerializedRegistration:
     """One registration inside `ModelConfig`, pickled by value when it has to travel.
 
     Nothing is pickled while the engine stays in this process.
+
+    Attributes:
+        arch: The architecture.
+        arrived: Whether it came from another process.
     """
 
     def __init__(self, arch: str, target: Target | None, payload: bytes | None = None):
         self.arch = arch
+        self.arrived = payload is not None
         self._target = target
         self._payload = payload
 
@@ -61,12 +67,18 @@ class SerializedRegistration:
             self._payload = serialize(self.arch, self.target)
         return self._payload
 
-    def uuid(self) -> str:
-        """This registration's part of the config's hash (compilation caches)."""
+    @functools.cached_property
+    def _uuid(self) -> str:
         try:
-            return hashlib.sha256(self.payload).hexdigest()
+            # cloudpickle numbers classes at random, as 32 hexadecimal digits.
+            stable = re.sub(rb"[0-9a-f]{32}", b"", self.payload)
         except TypeError:
             return uuid.uuid4().hex
+        return hashlib.sha256(stable).hexdigest()
+
+    def uuid(self) -> str:
+        """This registration's part of the config's hash (compilation caches)."""
+        return self._uuid
 
     def __reduce__(self) -> tuple:
         return SerializedRegistration, (self.arch, None, self.payload)
@@ -146,9 +158,10 @@ def register(arch: str, target: Any) -> "RegisteredBuilder | None":
         from vllm.model_executor.models.builder.model import RegisteredBuilder
 
         entry = RegisteredBuilder(BuilderSpec.of(target))
-    elif not isinstance(target, str) and not (
-        is_class and issubclass(target, nn.Module)
-    ):
+    elif isinstance(target, str):
+        if target.count(":") != 1:
+            return None
+    elif not (is_class and issubclass(target, nn.Module)):
         return None
     if arch in _targets and _targets[arch] is not target:
         _forget_resolved_architectures()
@@ -205,7 +218,7 @@ def explain_failure(architectures: Sequence[str]) -> None:
             continue
         try:
             module, _, qualname = target.partition(":")
-            attrgetter(qualname)(importlib.import_module(module))
+            from_lazy(importlib.import_module(module), qualname)
         except Exception as error:
             raise ValueError(
                 f"Architecture {arch!r} is registered as {target!r}, which does not "
@@ -218,19 +231,35 @@ def synchronize(model_config: "ModelConfig") -> None:
     """Carry registrations between this process's registry and `model_config`.
 
     A registration of one of the model's architectures that was made in this
-    process is noted in the config; one that came with the config and is not known
-    here is made.
+    process is noted in the config. One that came with the config from another process
+    is made here, also where a plugin has registered something else.
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
+    carried = model_config.registered_models
     for arch in model_config.architectures:
-        carried = model_config.registered_models
-        if arch in _targets:
-            if arch not in carried:
-                carried[arch] = SerializedRegistration(arch, _targets[arch])
-        elif arch in carried:
-            logger.debug("Restoring the registration %s", carried[arch])
-            ModelRegistry.register_model(arch, carried[arch].target)
+        if arch in carried:
+            registration = carried[arch]
+            if registration.arrived and _targets.get(arch) is not registration.target:
+                logger.debug("Restoring the registration %s", registration)
+                ModelRegistry.register_model(arch, registration.target)
+        elif arch in _targets and _can_travel(_targets[arch]):
+            carried[arch] = SerializedRegistration(arch, _targets[arch])
+
+
+def _can_travel(target: Target) -> bool:
+    """Whether a registration is noted in the config.
+
+    A class that cannot be pickled is not, and stays in the process that registered
+    it, as ever. A builder always is; it is refused when it has to leave the process.
+    """
+    if not isinstance(target, type):
+        return True
+    try:
+        cloudpickle.dumps(target)
+    except Exception:
+        return False
+    return True
 
 
 def prepare(model_config: "ModelConfig") -> None:
