@@ -9,7 +9,9 @@ from torch import nn
 
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    ParallelLMHead,
     TrainableAttention,
+    VocabParallelEmbedding,
 )
 from vllm.model_executor.models.builder.binding import (
     attention_layer_name,
@@ -21,6 +23,7 @@ from vllm.model_executor.models.builder.model import (
     is_batched,
 )
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.parallel_context import ParallelContext
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,28 @@ def test_layers_are_replaced_everywhere_and_stay_tied(monkeypatch):
     assert module["c"].weight is replacement.weight
 
 
+def test_a_replacement_keeps_the_public_attributes(monkeypatch):
+    linear = ColumnParallelLinear(4, 4)
+    linear.q_size = 3
+    replacement = nn.Linear(4, 4)
+    monkeypatch.setattr(linear, "bind_engine", lambda config, name: replacement)
+    bind_engine_layers(nn.Sequential(linear), SimpleNamespace())
+    assert replacement.q_size == 3 and replacement.out_features == 4
+    assert replacement.parallel_context is linear.parallel_context
+
+
+def test_only_the_head_becomes_the_engines(monkeypatch):
+    module = nn.ModuleDict(
+        {"head": ParallelLMHead(8, 4), "other": ParallelLMHead(8, 4)}
+    )
+    replacement = nn.Linear(4, 8)
+    for head in module.values():
+        monkeypatch.setattr(head, "bind_engine", lambda config, name: replacement)
+    bind_engine_layers(module, SimpleNamespace(), head="head")
+    assert module["head"] is replacement
+    assert type(module["other"]) is ParallelLMHead
+
+
 def test_a_users_subclass_is_left_alone():
     class Doubled(ColumnParallelLinear):
         def forward(self, x):
@@ -81,6 +106,21 @@ def test_the_head_is_found():
     )
     assert find_head(by_shape, None, config(), "b") == "out"
     assert find_head(named, "other", config(), "b") == "other"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_head_is_found_among_parallel_layers(tp_size):
+    context = ParallelContext(tp_size=tp_size)
+    layers = nn.ModuleDict(
+        {
+            "tokens": VocabParallelEmbedding(10, 4, parallel_context=context),
+            "out": ParallelLMHead(10, 4, parallel_context=context),
+        }
+    )
+    assert find_head(layers, None, config(), "b") == "out"
+    del layers["out"]
+    with pytest.raises(ValueError, match="none with a weight of shape"):
+        find_head(layers, None, config(), "b")
 
 
 def test_the_head_is_ambiguous_or_missing():

@@ -32,6 +32,13 @@ def build(config, parallel_context):
     return nn.Linear(2, 2)
 
 
+def needs_a_tokenizer(config, *, tokenizer):
+    return nn.Linear(2, 2)
+
+
+A_NUMBER = 3
+
+
 class Model(nn.Module):
     pass
 
@@ -84,18 +91,14 @@ def test_refused_targets():
     [
         ("no_such_module_xyz:build", "ModuleNotFoundError: No module named"),
         (f"{__name__}:no_such_name", "AttributeError: .*no_such_name"),
+        (f"{__name__}:needs_a_tokenizer", "TypeError: .*'tokenizer'"),
+        (f"{__name__}:A_NUMBER", "TypeError: .*A_NUMBER' is a int"),
     ],
 )
 def test_a_lazy_string_that_does_not_load(target, reason):
     ModelRegistry.register_model("A", target)
     with pytest.raises(ValueError, match=rf"'A' is registered as '{target}'.*{reason}"):
         ModelRegistry._raise_for_unsupported(["A"])
-
-
-def test_a_lazy_string_that_names_neither_class_nor_callable():
-    sys.modules[__name__].not_a_model = 3
-    with pytest.raises(TypeError, match="not_a_model' is a int"):
-        registration.from_lazy(sys.modules[__name__], "not_a_model")
 
 
 @pytest.mark.parametrize("target", [build, Model, f"{__name__}:build", Outer.build])
@@ -145,6 +148,34 @@ def test_what_a_process_registered_itself_stays():
     ModelRegistry.register_model("A", build)
     synchronize(fake_config("A", carried))
     assert ModelRegistry.models["A"].load_model_cls().spec.target is build
+
+
+def test_what_arrived_from_another_process_replaces_a_plugins():
+    carried = pickle.loads(pickle.dumps({"A": SerializedRegistration("A", build)}))
+    ModelRegistry.register_model("A", Model)  # as a plugin does in every process
+    config = fake_config("A", carried)
+    synchronize(config)
+    entry = ModelRegistry.models["A"]
+    assert entry.load_model_cls().spec.name.endswith(".build")
+    synchronize(config)
+    assert ModelRegistry.models["A"] is entry
+
+
+def test_a_refused_registration_leaves_the_one_before():
+    ModelRegistry.register_model("A", build)
+    with pytest.raises(ValueError):
+        ModelRegistry.register_model("A", "nocolon")
+    assert registration._targets["A"] is build
+
+
+def test_a_class_that_cannot_be_pickled_stays_in_its_process():
+    class Captures(nn.Module):
+        lock = threading.Lock()
+
+    ModelRegistry.register_model("A", Captures)
+    config = fake_config("A")
+    synchronize(config)
+    assert config.registered_models == {}
 
 
 def test_nothing_is_pickled_while_the_engine_stays_in_the_process():

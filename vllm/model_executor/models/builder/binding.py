@@ -58,10 +58,8 @@ def bind_engine_layers(
                 )
             name = attention_layer_name(name, len(attention_paths))
             attention_paths[id(layer)] = path
-        elif (
-            not type(layer).__module__.startswith(TRAINING_LAYERS)
-            or isinstance(layer, ParallelLMHead)
-            and path != head
+        elif not _has_engine_layer(layer) or (
+            isinstance(layer, ParallelLMHead) and path != head
         ):
             continue
         if id(layer) not in replacements:
@@ -75,6 +73,11 @@ def bind_engine_layers(
         for other in others:
             parent, _, name = other.rpartition(".")
             setattr(module.get_submodule(parent), name, parameter)
+
+
+def _has_engine_layer(layer: nn.Module) -> bool:
+    """Whether it is of exactly one of the training layers' types."""
+    return type(layer).__module__.startswith(TRAINING_LAYERS)
 
 
 def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:

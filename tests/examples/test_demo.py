@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The demo, with two training steps: everything it does, quickly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+def test_the_demo(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--steps", "2", "--out", str(tmp_path)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["train"]["steps"] == 2
+    assert 7 < report["train"]["loss_first"] < 10
+    assert report["serve"]["tensor_parallel_size"] == 2
+    tokens = report["serve"]["tokens"]
+    assert 0 < report["parity"]["equal"] <= report["parity"]["tokens"] == tokens
+    assert report["parity"]["max_abs_diff"] <= 1e-3
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
