@@ -22,8 +22,8 @@ modules below may import that one.
     BaseRegisteredModel, ModelInfo: an entry of the model registry.
     finalize_layerwise_reload: ends vLLM's reloading of weights.
     MODEL_ARCH_BY_HASH: the cache of classes that architectures were resolved to.
-    ConfigParserBase, CONFIG_PARSERS, CONFIG_REGISTRY, register_config_parser: how
-        a model's config.json is read, and which model types vLLM knows.
+    HFConfigParser, CONFIG_PARSERS, CONFIG_REGISTRY: how a model's config.json is
+        read, and which model types vLLM knows.
 """
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -70,9 +70,8 @@ from vllm.transformers_utils.config import (
     _CONFIG_REGISTRY as CONFIG_REGISTRY,
 )
 from vllm.transformers_utils.config import (
-    register_config_parser,
+    HFConfigParser,
 )
-from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 __all__ = [
     "Attention",
@@ -80,8 +79,8 @@ __all__ = [
     "CONFIG_PARSERS",
     "CONFIG_REGISTRY",
     "ColumnParallelLinear",
-    "ConfigParserBase",
     "DEFAULT_VOCAB_PADDING_SIZE",
+    "HFConfigParser",
     "LogitsProcessor",
     "MODEL_ARCH_BY_HASH",
     "MergedColumnParallelLinear",
@@ -103,6 +102,5 @@ __all__ = [
     "initialize_model_parallel",
     "model_parallel_is_initialized",
     "pad_vocab_size",
-    "register_config_parser",
     "set_current_vllm_config",
 ]

@@ -3,27 +3,30 @@
 """Reading the `config.json` of an architecture that no library knows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from vllm.model_executor import upstream
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
-CONFIG_FORMAT = "builder"
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-class BuilderConfigParser(upstream.ConfigParserBase):
-    """Takes every field of `config.json` as it stands.
+class BuilderConfigParser(upstream.HFConfigParser):
+    """Takes the place of vLLM's parser of `config.json` once a model is registered.
 
-    No `model_type`, no class and no hub is needed. Required are the fields of
-    `REQUIRED`, which vLLM sizes the KV cache and the sampler by.
+    A config that names a registered architecture and that nothing else can read (no
+    known `model_type`, no class, no hub) is taken as it stands. Required are the fields
+    of `REQUIRED`, which vLLM sizes the KV cache and the sampler by. Every other config
+    is vLLM's to parse.
+
+    Attributes:
+        architectures: The architectures known in this process.
     """
+
+    architectures: set[str] = set()
 
     def parse(
         self,
@@ -34,9 +37,14 @@ class BuilderConfigParser(upstream.ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict, PreTrainedConfig]:
         path = Path(model) / "config.json"
-        fields = read_fields(path)
         overrides = kwargs.get("hf_overrides")
+        fields = read_fields(path) if path.is_file() else {}
         given = fields | (overrides if isinstance(overrides, dict) else {})
+        ours = self.architectures & set(given.get("architectures") or ())
+        if not (ours and is_unknown(given)):
+            return super().parse(
+                model, trust_remote_code, revision, code_revision, **kwargs
+            )
         missing = [name for name in REQUIRED if given.get(name) is None]
         if missing:
             raise ValueError(
@@ -111,27 +119,7 @@ def is_unknown(fields: dict[str, Any]) -> bool:
     )
 
 
-def choose_config_format(
-    model_config: "ModelConfig", registered: Sequence[str]
-) -> None:
-    """Called before vLLM reads the model's config.
-
-    Selects `BuilderConfigParser` if the format was left to vLLM, the directory's
-    `config.json` names an architecture of `registered`, and nothing else can read
-    it; such a config is refused without it.
-
-    Args:
-        model_config: `model` and `config_format` are read, `config_format` is set.
-        registered: The architectures registered in this process.
-    """
-    path = Path(model_config.hf_config_path or model_config.model) / "config.json"
-    if model_config.config_format not in ("auto", "hf") or not path.is_file():
-        return
-    fields = read_fields(path)
-    overrides = model_config.hf_overrides
-    if isinstance(overrides, dict):
-        fields |= overrides
-    if is_unknown(fields) and set(fields.get("architectures") or ()) & set(registered):
-        if CONFIG_FORMAT not in upstream.CONFIG_PARSERS:
-            upstream.register_config_parser(CONFIG_FORMAT)(BuilderConfigParser)
-        model_config.config_format = CONFIG_FORMAT
+def read_configs_of(architectures: Iterable[str]) -> None:
+    """Let vLLM read the configs of these architectures from now on."""
+    BuilderConfigParser.architectures |= set(architectures)
+    upstream.CONFIG_PARSERS["hf"] = BuilderConfigParser

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ class SerializedRegistration:
         self.arrived = payload is not None
         self._target = target
         self._payload = payload
+        if self.arrived:
+            _read_configs_of([arch])
 
     @property
     def target(self) -> Target:
@@ -266,6 +268,10 @@ def prepare(model_config: "ModelConfig") -> None:
     """Called first when a `ModelConfig` is made, before the model's config is read."""
     model_config._maybe_register_model_class_overrides()
     if _targets:
-        from vllm.model_executor.models.builder.config import choose_config_format
+        _read_configs_of(_targets)
 
-        choose_config_format(model_config, list(_targets))
+
+def _read_configs_of(architectures: Iterable[str]) -> None:
+    from vllm.model_executor.models.builder.config import read_configs_of
+
+    read_configs_of(architectures)
