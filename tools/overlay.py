@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vllm_overlay import author, installed, upstream, wheel  # noqa: E402
+from vllm_overlay import author, extension, installed, upstream, wheel  # noqa: E402
 from vllm_overlay.base import BaseWheel, fetch, find_device, load_base  # noqa: E402
 from vllm_overlay.common import CHECKOUT, OverlayError  # noqa: E402
 
@@ -21,6 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     commands.add_parser("device", help="print the device that would be built for")
+
+    commands.add_parser("extension", help="compile the kernels for CPU")
 
     command = commands.add_parser("build", help="build the patched wheel")
     command.add_argument("--out", type=Path, default=CHECKOUT / "build" / "dist")
@@ -54,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "device":
         print(find_device())
+    elif arguments.command == "extension":
+        print(extension.build(CHECKOUT))
     elif arguments.command == "build":
+        extension.build(CHECKOUT)
         device = find_device()
         base = BaseWheel(fetch(device))
         lock = load_base(device)

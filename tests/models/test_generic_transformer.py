@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -33,15 +33,57 @@ def test_sizes_from_another_config():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
     ],
 )
 def test_what_the_model_does_not_have_is_refused(fields):
-    name = "rope_type" if "rope_parameters" in fields else next(iter(fields))
+    name = next(iter(fields))
     with pytest.raises(ValueError, match=f"LlamaConfig: it asks for .*'{name}'"):
         GenericTransformerConfig.of(LlamaConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 8.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_positions_are_those_of_transformers(rope, tmp_path):
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": 1e4, **rope},
+        initializer_range=0.2,
+    )
+    theirs = LlamaForCausalLM(llama)
+    theirs.save_pretrained(tmp_path)
+    theirs = theirs.double()
+    ours = GenericTransformerForCausalLM.from_pretrained(tmp_path).double()
+    ids = torch.randint(64, (2, 100))
+    expected = theirs(ids).logits
+    # Both round the cosines to fp32, and transformers its five norms; each layer
+    # multiplies an error a few times. A wrong frequency is off by 0.1 and more.
+    tolerance = 20 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

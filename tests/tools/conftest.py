@@ -91,6 +91,16 @@ PATCHED = {
         b"one\ntwo\ntwo and a half\ntwo and three quarters\nthree\nfour\nfive\n"
     ),
 }
+# Kernels that compile in no time.
+SOURCES = {
+    "csrc/training/CMakeLists.txt": b"""\
+cmake_minimum_required(VERSION 3.22)
+project(kernels LANGUAGES CXX)
+add_library(_training_C MODULE kernels.cpp)
+set_target_properties(_training_C PROPERTIES PREFIX "" SUFFIX ".abi3.so")
+""",
+    "csrc/training/kernels.cpp": b"int answer() { return 42; }\n",
+}
 OVERLAY = {
     "vllm/models/builder.py": b"BUILDER = 1\n",
     "vllm/training/__init__.py": b"",
@@ -156,6 +166,7 @@ def checkout(tmp_path: Path, base_wheel: Path) -> Path:
             "patches/series": "\n".join(PATCHES).encode() + b"\n",
             **{f"patches/{name}": text.encode() for name, text in PATCHES.items()},
             **OVERLAY,
+            **SOURCES,
             "vllm/training/__pycache__/x.cpython-311.pyc": b"junk",
             "vllm/training/.x.py.swp": b"junk",
         },

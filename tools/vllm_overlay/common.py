@@ -8,6 +8,10 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+# The compiled kernels: where vLLM has them, and where a checkout builds them.
+EXTENSION = "vllm/_training_C.abi3.so"
+BUILT_EXTENSION = "build/extension/_training_C.abi3.so"
+
 # Files a running system, an editor or a merge leaves behind.
 _JUNK_SUFFIXES = (".pyc", ".pyo", ".orig", ".rej", ".swp", "~")
 
@@ -75,6 +79,18 @@ def source_files(checkout: Path, *roots: str) -> dict[str, Path]:
             if path.is_file() and not is_junk(relative.relative_to(root)):
                 found[relative.as_posix()] = path
     return found
+
+
+def overlay_files(checkout: Path) -> dict[str, Path]:
+    """List what a checkout adds to the ``vllm`` package, by path.
+
+    The compiled kernels are among it once they are built.
+    """
+    files = source_files(checkout, "vllm")
+    built = checkout / BUILT_EXTENSION
+    if built.exists():
+        files[EXTENSION] = built
+    return files
 
 
 def bullets(items: list[str]) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from vllm_overlay.base import DEVICES, load_base
 from vllm_overlay.common import (
+    EXTENSION,
     OverlayError,
     bullets,
     link_atomically,
+    overlay_files,
     sha256_bytes,
-    source_files,
     temporary_beside,
     write_atomically,
 )
@@ -145,7 +146,12 @@ def _plan(site: Path, checkout: Path, series: Series, overlay: Path | None) -> P
             plan.contents[path] = pristine
     added = {}
     if overlay is not None:
-        plan.sources = source_files(checkout, "vllm")
+        plan.sources = overlay_files(checkout)
+        if EXTENSION in plan.before.added and EXTENSION not in plan.sources:
+            plan.problems.append(
+                f"{EXTENSION}: is installed, but not built in the checkout; build it "
+                "with `overlay.py extension`"
+            )
     for path in sorted({*plan.sources, *plan.before.added}):
         _check_added(plan, path)
         if path in plan.sources:

@@ -27,7 +27,7 @@ _AFTER = (
     ),
 )
 # About this repository, not about vLLM.
-_OURS = ("tests/tools/", "docs/index.md")
+_OURS = ("tests/tools/", "tests/benchmarks/", "docs/index.md")
 
 
 def export(source: str, out: Path, checkout: Path) -> str:

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from vllm_overlay.base import BaseFile, BaseWheel
-from vllm_overlay.common import OverlayError, bullets, sha256_bytes, source_files
+from vllm_overlay.common import OverlayError, bullets, overlay_files, sha256_bytes
 from vllm_overlay.manifest import MANIFEST, Manifest, record_line
 from vllm_overlay.series import load_series
 
@@ -97,7 +97,7 @@ def build_wheel(
         OverlayError: If a patch does not apply or a new path exists in the base.
     """
     series = load_series(checkout / "patches")
-    sources = source_files(checkout, "vllm")
+    sources = overlay_files(checkout)
     taken = sorted({*sources, MANIFEST} & wheel.names)
     if taken:
         raise OverlayError(

@@ -8,6 +8,9 @@ Modules of the project write `from vllm.model_executor import upstream` and
 modules below may import that one.
 
     Attention: what TrainableAttention runs inside the engine.
+    flash_attention, flash_attention_backward, cpu_attention: the engine's attention
+        kernels, which the trainer calls too. Imported when they are first used.
+    has_alibi: whether an Attention's backend reads its ALiBi slopes.
     ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
         RowParallelLinear: what our linears become inside the engine.
     ParallelLMHead, VocabParallelEmbedding: what our embedding and head become.
@@ -26,6 +29,14 @@ modules below may import that one.
         read, and which model types vLLM knows.
 """
 
+import functools
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
@@ -73,6 +84,60 @@ from vllm.transformers_utils.config import (
     HFConfigParser,
 )
 
+
+@functools.cache
+def flash_attention() -> ModuleType:
+    """FlashAttention of several versions, with `flash_attn_varlen_func`; CUDA only."""
+    from vllm import vllm_flash_attn
+
+    return vllm_flash_attn
+
+
+@functools.cache
+def flash_attention_backward() -> Callable[..., Any]:
+    """FlashAttention 4's backward; needs nvidia-cutlass-dsl and quack-kernels."""
+    from vllm.vllm_flash_attn.cute.interface import _flash_attn_bwd
+
+    return _flash_attn_bwd
+
+
+@functools.cache
+def cpu_attention() -> SimpleNamespace:
+    """The CPU engine's attention.
+
+    Attributes:
+        ops: the module with its ops.
+        is_built: whether vLLM's build has them: a build for CUDA has not.
+        isa: names its kernel for (dtype, page size, head size).
+        head_sizes: those it has.
+        split_kv: says whether the engine lets threads share a sequence's keys.
+    """
+    from vllm import _custom_ops
+    from vllm.v1.attention.backends import cpu_attn
+
+    current_platform.import_kernels()
+    return SimpleNamespace(
+        ops=_custom_ops,
+        is_built=hasattr(torch.ops._C, "cpu_attention_with_kv_cache"),
+        isa=cpu_attn._get_attn_isa,
+        head_sizes=cpu_attn.CPUAttentionBackend.get_supported_head_sizes(),
+        split_kv=lambda: envs.VLLM_CPU_ATTN_SPLIT_KV,
+    )
+
+
+def has_alibi(attention: Attention) -> bool:
+    """Whether the backend of vLLM's attention reads ALiBi slopes.
+
+    Others take them and leave them out, or fail at the first step: of FlashAttention's
+    versions only 2 has them, which not every build of vLLM has.
+    """
+    name = attention.attn_backend.get_name()
+    if name == "FLASH_ATTN":
+        version = getattr(attention.impl, "vllm_flash_attn_version")  # noqa: B009
+        return version == 2 and flash_attention().is_fa_version_supported(2)
+    return name in ("CPU_ATTN", "TRITON_ATTN")
+
+
 __all__ = [
     "Attention",
     "BaseRegisteredModel",
@@ -90,14 +155,18 @@ __all__ = [
     "RowParallelLinear",
     "VllmConfig",
     "VocabParallelEmbedding",
+    "cpu_attention",
     "current_platform",
     "destroy_distributed_environment",
     "destroy_model_parallel",
     "finalize_layerwise_reload",
+    "flash_attention",
+    "flash_attention_backward",
     "get_dp_group",
     "get_pp_group",
     "get_tp_group",
     "get_world_group",
+    "has_alibi",
     "init_distributed_environment",
     "initialize_model_parallel",
     "model_parallel_is_initialized",

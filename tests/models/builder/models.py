@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Models that the tests of builders serve, and how they are saved."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -156,19 +157,26 @@ def assert_trainer_agrees(model, prompts, completions, atol: float = 1e-3) -> No
 
 @torch.no_grad()
 def assert_logprobs_agree_in_bf16(model, prompts, completions) -> None:
-    """The bf16 training model gives the engine's tokens the engine's logprobs.
+    """The engine's bf16 logprobs are as good as those of the bf16 training model.
 
-    Each rounds its logits to 8 bits; they may be four such steps apart.
+    Judged against the same weights in fp32: each rounds in its own places, so the
+    engine's error may be three times the trainer's, and one rounding of the logits
+    more.
     """
+    exact_model = copy.deepcopy(model).float()
+    engine, trainer, exact, steps = [], [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens = torch.tensor(completion.token_ids)
-        logits = model(torch.tensor(prompt + tokens.tolist()))[len(prompt) - 1 : -1]
-        expected = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        engine = [
+        ids = torch.tensor(prompt + tokens.tolist())
+        for each, found in ((model, trainer), (exact_model, exact)):
+            logits = each(ids)[len(prompt) - 1 : -1].float()
+            found.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        steps.append(logits.abs().max() * 2**-8)
+        engine += [
             entry[token].logprob
             for token, entry in zip(completion.token_ids, completion.logprobs)
         ]
-        step = logits.float().abs().max().item() * 2**-8
-        torch.testing.assert_close(
-            torch.tensor(engine), expected, atol=4 * step, rtol=0
-        )
+    right = torch.cat(exact)
+    error = (torch.tensor(engine) - right).square().mean().sqrt()
+    plain_error = (torch.cat(trainer) - right).square().mean().sqrt()
+    assert error <= 3 * plain_error + max(steps), (error, plain_error)

@@ -62,6 +62,8 @@ class GenericTransformerConfig(PreTrainedConfig):
         head_dim: Size of a head. Default: `hidden_size // num_attention_heads`.
         max_position_embeddings: Longest sequence, in tokens.
         rope_theta: Base of the rotary frequencies.
+        rope_parameters: How rotary positions are scaled, as in Hugging Face's configs
+            (`rope_scaling` in older ones); what `RotaryEmbedding` takes.
         rms_norm_eps: Added to the mean square before its root is taken.
         initializer_range: Standard deviation of the initial weights.
         tie_word_embeddings: Whether the head uses the embedding's weight.
@@ -81,6 +83,7 @@ class GenericTransformerConfig(PreTrainedConfig):
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    rope_parameters: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -108,10 +111,9 @@ class GenericTransformerConfig(PreTrainedConfig):
         if isinstance(config, cls):
             return config
         fields = config.to_dict()
-        rope = fields.pop("rope_parameters", None) or {}
+        rope = fields.get("rope_parameters") or {}
         fields.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
         wanted = {
-            "rope_type": (rope.get("rope_type", "default"), "default"),
             "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
             "attention_bias": (fields.get("attention_bias", False), False),
             "mlp_bias": (fields.get("mlp_bias", False), False),
@@ -182,10 +184,12 @@ class GenericTransformerBlock(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(
+        residual = hidden_states
+        hidden_states = self.self_attn(
             self.input_layernorm(hidden_states), positions, cu_seqlens, max_seqlen
         )
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return residual + self.mlp(hidden_states)
 
 
 class GenericTransformer(nn.Module):
@@ -203,6 +207,7 @@ class GenericTransformer(nn.Module):
             config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
             base=config.rope_theta,
+            rope_scaling=config.rope_parameters,
         )
         self.layers = nn.ModuleList(
             GenericTransformerBlock(config, rotary, context)
@@ -239,8 +244,13 @@ def default_positions(
     """Each token's index in its sequence, shaped like `input_ids`."""
     positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
     if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().long()
-        positions = positions - cu_seqlens[:-1].long().repeat_interleave(lengths)
+        # With the size given, nothing is read from the device.
+        starts = (
+            cu_seqlens[:-1]
+            .long()
+            .repeat_interleave(cu_seqlens.diff().long(), output_size=len(positions))
+        )
+        positions = positions - starts
     return positions.expand(input_ids.shape)
 
 

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How the layers' tests judge accuracy and memory."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm.model_executor.parallel_context import ParallelContext
+
+
+@pytest.fixture(scope="session", autouse=True)
+def batch_invariant_mode() -> None:
+    """vLLM's batch-invariant mode, where VLLM_BATCH_INVARIANT asks for it."""
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "1" and torch.cuda.is_available():
+        from vllm.model_executor.determinism.batch_invariant import (
+            init_batch_invariance,
+        )
+
+        init_batch_invariance()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the layers' tests run: CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """New tensors and layers are on the device of the tests."""
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

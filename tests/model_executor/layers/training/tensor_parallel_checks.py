@@ -26,9 +26,10 @@ from vllm.model_executor.layers.training import (
     VLLMFlashAttention,
     VocabParallelEmbedding,
     collectives,
-    logprobs,
     token_logprobs,
 )
+from vllm.model_executor.layers.training.logprobs import full_logprobs
+from vllm.model_executor.layers.training.ops.logprobs import op as logprobs_op
 from vllm.model_executor.layers.training.sharding import local_from_full
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -113,7 +114,8 @@ def shardings_of(model):
 def test_gradients_are_those_of_one_rank(
     context, num_kv_heads, through_logits, assert_as_accurate, monkeypatch
 ):
-    monkeypatch.setattr(logprobs, "MAX_LOGITS_PER_CHUNK", 10 * VOCAB)
+    blocks = logprobs_op.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1)
+    monkeypatch.setattr(logprobs_op, "CPU_BLOCKS", blocks)
     single = ParallelContext.single()
     actual = make_model(context, num_kv_heads)
     shardings = shardings_of(actual)
@@ -172,6 +174,44 @@ def test_forward_runs_in_inference_mode(context, assert_equal):
     with torch.inference_mode():
         assert_equal("hidden", model(*inputs), expected)
         token_logprobs(expected, model.head, targets)
+
+
+@pytest.mark.parametrize("many_blocks", [False, True])
+def test_entropy_and_full_rows_are_those_of_one_rank(
+    context, many_blocks, assert_as_accurate, monkeypatch
+):
+    if many_blocks:
+        blocks = logprobs_op.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1)
+        monkeypatch.setattr(logprobs_op, "CPU_BLOCKS", blocks)
+    *_, targets, grad = make_batch()
+    hidden = torch.randn(23, HIDDEN, generator=torch.Generator().manual_seed(6))
+
+    def results(context, dtype):
+        torch.manual_seed(3)
+        kwargs = {"params_dtype": torch.float32, "parallel_context": context}
+        head = ParallelLMHead(VOCAB, HIDDEN, True, **kwargs).to(dtype)
+        inputs = [hidden.to(dtype).requires_grad_(), head.weight, head.bias]
+        g = grad.to(dtype)
+        logprobs, entropy = token_logprobs(
+            inputs[0], head, targets, temperature=0.7, return_entropy=True
+        )
+        rows = full_logprobs(inputs[0], head, temperature=0.7)
+        loss = (g * (logprobs + 2 * entropy)).sum() + (g * rows.square().sum(-1)).sum()
+        gradients = torch.autograd.grad(loss, inputs)
+        shardings = head.parameter_sharding()
+        return (logprobs, entropy, rows, *gradients), shardings
+
+    actual, shardings = results(context, torch.float32)
+    single = ParallelContext.single()
+    plain, exact = results(single, torch.float32)[0], results(single, torch.float64)[0]
+    names = ("logprobs", "entropy", "rows", "hidden", "weight", "bias")
+    for name, tensor, *expected in zip(names, actual, plain, exact):
+        if name in shardings:
+            rank, size = context.tp_rank, context.tp_size
+            expected = [
+                local_from_full(t, shardings[name], rank, size) for t in expected
+            ]
+        assert_as_accurate(name, tensor, *expected)
 
 
 def test_collectives_are_conjugate_pairs(context, assert_equal):

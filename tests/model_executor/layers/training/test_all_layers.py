@@ -3,6 +3,9 @@
 """What holds for every layer; a new layer has to be added here."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    GeluAndMul,
+    LayerNorm,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -25,6 +30,8 @@ from vllm.model_executor.layers.training import (
     VocabParallelEmbedding,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 TOKENS, SIZE = 9, 16
 
 
@@ -33,7 +40,7 @@ def x(*shape, dtype):
 
 
 def qkv(dtype):
-    return tuple(x(TOKENS, 2, 8, dtype=dtype) for _ in range(3))
+    return tuple(x(TOKENS, 2, 16, dtype=dtype) for _ in range(3))
 
 
 def positions():
@@ -70,21 +77,34 @@ LAYERS = {
         lambda dtype: RMSNorm(SIZE, params_dtype=dtype),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype), x(TOKENS, SIZE, dtype=dtype)),
     ),
+    LayerNorm: (
+        lambda dtype: LayerNorm(SIZE, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
     SiluAndMul: (
         lambda dtype: SiluAndMul(),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
+    GeluAndMul: (
+        lambda dtype: GeluAndMul(),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
     RotaryEmbedding: (
-        lambda dtype: RotaryEmbedding(8, max_position_embeddings=TOKENS),
+        lambda dtype: RotaryEmbedding(16, max_position_embeddings=TOKENS),
         lambda dtype: (positions(), *qkv(dtype)[:2]),
     ),
     TrainableAttention: (
-        lambda dtype: TrainableAttention(2, 8),
+        lambda dtype: TrainableAttention(2, 16, sinks=True, params_dtype=dtype),
         lambda dtype: qkv(dtype),
     ),
     VLLMFlashAttention: (
         lambda dtype: VLLMFlashAttention(
-            SIZE, 2, bias=True, rotary=RotaryEmbedding(8), params_dtype=dtype
+            SIZE,
+            2,
+            head_dim=16,
+            bias=True,
+            rotary=RotaryEmbedding(16),
+            params_dtype=dtype,
         ),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype), positions()),
     ),
@@ -149,8 +169,10 @@ def test_parameters_are_ordinary_and_described(kind):
 def test_copies_and_state_dicts(kind, assert_equal):
     layer, inputs = make(kind, torch.float32)
     clone = copy.deepcopy(layer)
-    torch.manual_seed(99)
-    loaded = LAYERS[kind][0](torch.float32)
+    loaded, _ = make(kind, torch.float32)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1)
     loaded.load_state_dict(layer.state_dict())
     expected = run(layer, inputs)
     for other in (clone, loaded):
@@ -168,7 +190,7 @@ def test_inference_mode_changes_nothing(kind, assert_equal):
 
 
 @each_layer
-def test_the_compiler_sees_one_graph(kind, assert_equal, monkeypatch):
+def test_the_compiler_sees_one_graph(kind, assert_equal):
     layer, inputs = make(kind, torch.float32)
     expected = run(layer, inputs)
     backend = CompileCounter()
@@ -177,3 +199,59 @@ def test_the_compiler_sees_one_graph(kind, assert_equal, monkeypatch):
         for a, b in zip(run(compiled, inputs), expected):
             assert_equal("output", a, b)
     assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [RMSNorm, LayerNorm, SiluAndMul, GeluAndMul, TrainableAttention],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_second_derivative_is_refused(kind):
+    layer, inputs = make(kind, torch.float32)
+    (first,) = torch.autograd.grad(
+        run(layer, inputs)[0].square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+@each_layer
+def test_autocast(kind):
+    """Parameters in fp32, and gradients too."""
+    layer, inputs = make(kind, torch.float32)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        outputs = run(layer, inputs)
+    sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
+    for name, leaf in layer.named_parameters():
+        assert leaf.grad.dtype == torch.float32 and leaf.grad.ne(0).any(), name
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_of_bf16_under_autocast(affine):
+    """torch casts its own layer norm to fp32 there; the op keeps its dtype."""
+    layer = LayerNorm(SIZE, elementwise_affine=affine, params_dtype=torch.bfloat16)
+    states = x(TOKENS, SIZE, dtype=torch.bfloat16)
+    with torch.autocast(states.device.type, torch.bfloat16):
+        output = layer(states)
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert states.grad.dtype == torch.bfloat16
+
+
+def test_batch_invariant_mode_keeps_the_gradients():
+    """The tests of gradients again, in vLLM's batch-invariant mode.
+
+    On CPU vLLM has no such mode of its own; the switch must not change the layers.
+    """
+    each = "test_everything_gets_a_gradient"
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+        *(__file__, "-k", each),
+    ]
+    environment = os.environ | {"VLLM_BATCH_INVARIANT": "1"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    assert f"{3 * len(LAYERS)} passed" in report, report

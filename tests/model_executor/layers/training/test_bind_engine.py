@@ -131,5 +131,10 @@ def test_what_the_engine_cannot_serve_is_refused(vllm_config):
         ValueError, match="a.b: TrainableAttention.*build it with causa"
     ):
         TrainableAttention(4, 32, causal=False).bind_engine(vllm_config, "a.b")
-    with pytest.raises(ValueError, match="backend has no kernel for head_size=20"):
-        TrainableAttention(4, 20).bind_engine(vllm_config, "a.c")
+    if torch.cuda.is_available():
+        both = {"sinks": True, "alibi_slopes": [0.5] * 4}
+        with pytest.raises(ValueError, match="by a constant, which sinks would see"):
+            TrainableAttention(4, 32, **both).bind_engine(vllm_config, "a.c")
+    else:
+        with pytest.raises(ValueError, match="has no kernel for head_size=20"):
+            TrainableAttention(4, 20).bind_engine(vllm_config, "a.c")

@@ -16,12 +16,14 @@ from vllm.model_executor.layers.training import (
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.parallel_context import ParallelContext
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 RAGGED = [1, 5, 63, 123]
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
 FEATURES = {"sliding_window": 7, "logits_soft_cap": 3.0, "scale": 0.2}
+SLOPES = [0.4, 0.2, 0.1, 0.0]
 
 
 def make_block(dtype=torch.float32, *, with_rotary=True, **arguments):
@@ -53,16 +55,23 @@ def rotate(x, positions):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def plain_block(x, positions, weights, spec):
+def plain_block(x, positions, weights, options):
     qkv = F.linear(x, weights["qkv_proj.weight"], weights.get("qkv_proj.bias"))
     qkv = qkv.unflatten(-1, (-1, HEAD_DIM))
     q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), -2)
     q, k = rotate(q, positions), rotate(k, positions)
-    output = attention_reference(q, k, v, RAGGED, spec).flatten(-2)
+    cu_seqlens = torch.tensor([0, *RAGGED]).cumsum(0)
+    slopes = torch.tensor(SLOPES) if "attn.sinks" in weights else None
+    output, _ = attention_reference(
+        q, k, v, cu_seqlens, weights.get("attn.sinks"), slopes, **options
+    )
+    output = output.flatten(-2)
     return F.linear(output, weights["o_proj.weight"], weights.get("o_proj.bias"))
 
 
-@pytest.mark.parametrize("features", [{}, FEATURES], ids=str)
+@pytest.mark.parametrize(
+    "features", [{}, FEATURES, {"sinks": True, "alibi_slopes": SLOPES}], ids=str
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_all_gradients_are_accurate(
@@ -74,7 +83,11 @@ def test_output_and_all_gradients_are_accurate(
     positions = torch.cat([torch.arange(length) for length in RAGGED])
     cu_seqlens = torch.tensor([0, *RAGGED]).cumsum(0, dtype=torch.int32)
     parameters = dict(block.named_parameters())
-    spec = AttentionSpec(**{"scale": HEAD_DIM**-0.5} | features)
+    options = {
+        "scale": features.get("scale", HEAD_DIM**-0.5),
+        "window": features.get("sliding_window", 0),
+        "soft_cap": features.get("logits_soft_cap", 0.0),
+    }
 
     def results(function, dtype):
         x = hidden.to(dtype).requires_grad_()
@@ -90,7 +103,7 @@ def test_output_and_all_gradients_are_accurate(
         return torch.func.functional_call(block, weights, (x, positions, cu_seqlens))
 
     def plain(x, weights):
-        return plain_block(x, positions, weights, spec)
+        return plain_block(x, positions, weights, options)
 
     for what, *tensors in zip(
         ("output", "dhidden", *parameters),
@@ -140,6 +153,22 @@ def test_modules_and_checkpoint_names():
     assert [part.shard_id for part in parts] == ["q", "k", "v"]
 
 
+def test_a_rank_takes_its_heads_slopes(second_of_two):
+    block = VLLMFlashAttention(
+        HIDDEN,
+        HEADS,
+        head_dim=HEAD_DIM,
+        sinks=True,
+        alibi_slopes=SLOPES,
+        implementation="reference",
+        params_dtype=torch.bfloat16,
+        parallel_context=second_of_two,
+    )
+    assert torch.equal(block.attn.alibi_slopes, torch.tensor(SLOPES[2:]))
+    assert block.attn.sinks.shape == (2,) and block.attn.sinks.dtype == torch.bfloat16
+    assert block.attn.implementation == "reference"
+
+
 def test_deepcopy_is_independent(assert_equal):
     block = make_block()
     hidden, positions = torch.randn(5, HIDDEN), torch.arange(5)
@@ -159,6 +188,10 @@ def test_bad_input_is_refused():
         ValueError, match="rotary has head_size=8, but the heads have si"
     ):
         VLLMFlashAttention(64, 4, rotary=RotaryEmbedding(8))
+    with pytest.raises(ValueError, match="alibi_slopes has 1 elements.*each of the 4"):
+        make_block(alibi_slopes=[0.1])
+    with pytest.raises(ValueError, match="dropout=0.5: attention has no dropout"):
+        make_block(dropout=0.5)
     with pytest.raises(ValueError, match=r"needs positions of shape \(5,\)"):
         make_block()(torch.zeros(5, HIDDEN))
     with pytest.raises(ValueError, match=r"hidden_states of shape \(48,\) must be"):

@@ -23,6 +23,8 @@ from vllm.model_executor.layers.training import (
 from vllm.model_executor.layers.training.sharding import local_from_full, local_shape
 from vllm.model_executor.parallel_context import ParallelContext
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 BUILDERS = {
     "column": lambda **kw: ColumnParallelLinear(12, 8, **kw),
     "row": lambda **kw: RowParallelLinear(8, 12, **kw),
@@ -135,7 +137,7 @@ def test_return_bias_and_default_dtype(single):
     assert layer.weight.dtype == torch.bfloat16
 
 
-def test_skip_init_and_meta_device(single, monkeypatch):
+def test_skip_init_and_meta_device(single, monkeypatch, device):
     calls = []
     monkeypatch.setattr(
         ColumnParallelLinear, "reset_parameters", lambda self: calls.append(self)
@@ -148,7 +150,7 @@ def test_skip_init_and_meta_device(single, monkeypatch):
     monkeypatch.undo()
     with torch.device("meta"):
         block = VLLMFlashAttention(8, 2, parallel_context=single)
-    block.to_empty(device="cpu")
+    block.to_empty(device=device)
     for module in block.modules():
         if isinstance(module, TrainingLayer):
             module.reset_parameters()
@@ -243,3 +245,37 @@ def test_reduction_shards_are_refused_rather_than_ignored():
     context = ParallelContext(tp_reduction_shards=4)
     with pytest.raises(ValueError, match="tp_reduction_shards=4 with tp_size=1 is not"):
         RowParallelLinear(8, 8, parallel_context=context)
+
+
+@pytest.mark.parametrize("name", ["column", "row", "merged", "qkv"])
+def test_wrong_dtypes_are_refused(name, single):
+    layer = BUILDERS[name](parallel_context=single)
+    x = torch.randn(3, layer.weight.shape[1])
+    with pytest.raises(ValueError, match="bfloat16, but its weight is torch.float32"):
+        layer(x.bfloat16())
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["column", "row", "merged", "qkv"])
+def test_wrong_devices_are_refused(name, single, device):
+    layer = BUILDERS[name](parallel_context=single)
+    x = torch.empty(3, layer.weight.shape[1], device="meta")
+    with pytest.raises(ValueError, match=f"on meta, but its weight is on {device}"):
+        layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_ids_are_integers(dtype, single):
+    layer = VocabParallelEmbedding(100, 12, parallel_context=single)
+    with pytest.raises(TypeError, match=f"ids of {dtype}.*torch.int64"):
+        layer(torch.ones(3).to(dtype))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_no_rows(name, single):
+    layer = BUILDERS[name](parallel_context=single)
+    x = torch.randn(0, layer.weight.shape[1], requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.weight.grad.eq(0).all() and layer.bias.grad.eq(0).all()

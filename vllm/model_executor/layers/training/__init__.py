@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Layers that are trained under plain autograd and served by vLLM's engine."""
 
-from vllm.model_executor.layers.training.activation import SiluAndMul
+from vllm.model_executor.layers.training.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer, skip_init
 from vllm.model_executor.layers.training.embedding import (
@@ -18,12 +18,17 @@ from vllm.model_executor.layers.training.linear_fused import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
 )
-from vllm.model_executor.layers.training.logprobs import token_logprobs
-from vllm.model_executor.layers.training.norm import RMSNorm
+from vllm.model_executor.layers.training.logprobs import (
+    full_logprobs,
+    token_logprobs,
+)
+from vllm.model_executor.layers.training.norm import LayerNorm, RMSNorm
 from vllm.model_executor.layers.training.rotary import RotaryEmbedding
 
 __all__ = [
     "ColumnParallelLinear",
+    "GeluAndMul",
+    "LayerNorm",
     "MergedColumnParallelLinear",
     "ParallelLMHead",
     "QKVParallelLinear",
@@ -35,6 +40,7 @@ __all__ = [
     "TrainingLayer",
     "VLLMFlashAttention",
     "VocabParallelEmbedding",
+    "full_logprobs",
     "skip_init",
     "token_logprobs",
 ]

@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.ops.activation.op import (
+    gelu_and_mul,
+    silu_and_mul,
+)
 
 
 class SiluAndMul(TrainingLayer):
     """silu(gate) * up, of gate and up side by side (SwiGLU, arXiv:2002.05202).
 
     Under tensor parallelism the input is the rank's output of a merged
-    column-parallel layer. Trainer and engine both run this layer.
+    column-parallel layer. Trainer and engine run the same op.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -26,10 +29,38 @@ class SiluAndMul(TrainingLayer):
         Returns:
             shape = [..., d].
         """
-        if x.shape[-1] % 2:
+        return silu_and_mul(x)
+
+
+class GeluAndMul(TrainingLayer):
+    """gelu(gate) * up, of gate and up side by side (GeGLU, arXiv:2002.05202).
+
+    Otherwise as `SiluAndMul`.
+
+    Args:
+        approximate: "none" for GELU's definition with erf, "tanh" for its
+            approximation (arXiv:1606.08415).
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
             raise ValueError(
-                f"SiluAndMul got an input of shape {tuple(x.shape)}; its last dim "
-                "must be even, gate and up side by side."
+                f"GeluAndMul got approximate={approximate!r}; it takes 'none' or "
+                "'tanh'."
             )
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the activation.
+
+        Args:
+            x: shape = [..., 2 * d], gate in the first half.
+
+        Returns:
+            shape = [..., d].
+        """
+        return gelu_and_mul(x, self.approximate == "tanh")
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,11 +14,13 @@ from torch import nn
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.attention_layout import (
     packed_view,
-    sequence_lengths,
+    sequence_bounds,
 )
-from vllm.model_executor.layers.training.base import TrainingLayer
-from vllm.model_executor.layers.training.ops.attention.dispatch import attention
+from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.layers.training.ops.attention.table import check_name
+from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainableAttention(TrainingLayer):
-    """Multi-head, grouped-query or multi-query self-attention, without parameters.
+    """Multi-head, grouped-query or multi-query self-attention.
 
     Outside the engine it computes attention under autograd, within each sequence.
     Inside the engine it is vLLM's `Attention` with its paged KV cache.
@@ -38,14 +41,29 @@ class TrainableAttention(TrainingLayer):
         causal: a query sees keys up to its own position.
         sliding_window: a query sees this many latest positions, its own among them.
         logits_soft_cap: caps the scaled dot products s at ±C by C * tanh(s / C).
-        parallel_context: accepted for uniformity; the heads are already this rank's.
+        sinks: learn one more score for each head, whose value is zero.
+        alibi_slopes: of each head on this rank: a key at distance d is scored
+            slope * d less (ALiBi). They are constants.
+        dropout: must be 0: no kernel has it, neither here nor in the engine.
+        implementation: name of what computes outside the engine, of those in
+            `ops.attention.table`; None: the first that can, which is logged.
+        deterministic: gradients are equal bit for bit from run to run.
+        params_dtype: dtype of the sinks; torch's default dtype if None.
+        parallel_context: the context that the sinks are sharded by. The heads are
+            already this rank's.
 
     Attributes:
+        sinks: shape = [num_heads], trained; None without sinks.
+        alibi_slopes: shape = [num_heads], fp32; None without slopes. Not part of the
+            state dict. It stays fp32 when the module is cast.
         engine: vLLM's `Attention` inside the engine, else None.
 
     Raises:
         ValueError: heads or features that make no sense.
     """
+
+    sinks: nn.Parameter | None
+    alibi_slopes: torch.Tensor | None
 
     def __init__(
         self,
@@ -57,6 +75,12 @@ class TrainableAttention(TrainingLayer):
         causal: bool = True,
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
+        sinks: bool = False,
+        alibi_slopes: Sequence[float] | None = None,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        deterministic: bool = False,
+        params_dtype: torch.dtype | None = None,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
@@ -78,6 +102,19 @@ class TrainableAttention(TrainingLayer):
                 f"logits_soft_cap={logits_soft_cap} must be positive; None means no "
                 "cap."
             )
+        if alibi_slopes is not None and len(alibi_slopes) != num_heads:
+            raise ValueError(
+                f"alibi_slopes has {len(alibi_slopes)} elements; it must have one for "
+                f"each of the {num_heads} heads on this rank."
+            )
+        if dropout:
+            raise ValueError(
+                f"dropout={dropout}: attention has no dropout of its weights, in "
+                "training as in the engine. Leave it out, or apply torch's Dropout "
+                "to the output."
+            )
+        if implementation is not None:
+            check_name(implementation)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
@@ -87,7 +124,44 @@ class TrainableAttention(TrainingLayer):
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
         )
+        self.implementation = implementation
+        self.deterministic = deterministic
         self.engine: nn.Module | None = None
+        self._slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
+        device = torch.get_default_device()
+        self.register_buffer("alibi_slopes", self._make_slopes(device), False)
+        self._has_sinks = sinks
+        self.register_parameter("sinks", None)
+        if sinks:
+            self._add_parameter("sinks", resolve_dtype(params_dtype))
+            self._initialise()
+
+    def _make_slopes(self, device: torch.device) -> torch.Tensor | None:
+        if self._slopes is None:
+            return None
+        return torch.tensor(self._slopes, dtype=torch.float32, device=device)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> TrainableAttention:
+        """Move with the module, but keep the slopes' values and dtype."""
+        super()._apply(fn, recurse)
+        if self.alibi_slopes is not None and not self.alibi_slopes.is_meta:
+            self.alibi_slopes = self._make_slopes(self.alibi_slopes.device)
+        return self
+
+    def parameter_sharding(self) -> dict[str, ParameterSharding]:
+        """The sinks are sharded as the heads are."""
+        if not self._has_sinks:
+            return {}
+        heads = self.num_heads * self.tp_size
+        part = ShardPart(None, None, heads)
+        return {"sinks": ParameterSharding(torch.Size((heads,)), 0, (part,))}
+
+    def reset_parameters(self) -> None:
+        """Zeros: a sink weighs as much as a key of score 0."""
+        if self.sinks is not None:
+            self.draw("sinks", nn.init.zeros_)
 
     def forward(
         self,
@@ -107,10 +181,12 @@ class TrainableAttention(TrainingLayer):
                 are (num_heads, head_size) are the first of these.
             key: as the query, with num_kv_heads heads and the same tokens.
             value: as the key.
-            cu_seqlens: where the packed sequences begin and end, torch.int32,
-                shape = [num_seqs + 1], from 0 to num_tokens; None: packed tokens are
-                one sequence. Not for batched tensors. Sequences may be empty.
-            max_seqlen: length of the longest sequence, if known.
+            cu_seqlens: where the packed sequences begin and end, torch.int32, on the
+                query's device, shape = [num_seqs + 1], from 0 to num_tokens; None:
+                packed tokens are one sequence. Not for batched tensors. Sequences may
+                be empty. Not read on the host, so on CUDA its values are not checked.
+            max_seqlen: length of the longest sequence, if known: on CUDA it saves the
+                kernels work.
 
         Returns:
             The query's shape and dtype.
@@ -135,15 +211,29 @@ class TrainableAttention(TrainingLayer):
         if self.engine is not None:
             output = self.engine(q.flatten(1), k.flatten(1), v.flatten(1))
             return output.view(query.shape)
-        seqlens = sequence_lengths(len(q), batch_and_seq, cu_seqlens, max_seqlen)
-        return attention(q, k, v, seqlens, self.spec).reshape(query.shape)
+        bounds, max_seqlen = sequence_bounds(
+            len(q), batch_and_seq, cu_seqlens, max_seqlen, q.device
+        )
+        output = attention(
+            q,
+            k,
+            v,
+            bounds,
+            max_seqlen,
+            self.spec,
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            implementation=self.implementation,
+            deterministic=self.deterministic,
+        )
+        return output if q is query else output.view(query.shape)
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Create vLLM's attention under the layer's module path.
 
         Raises:
             ValueError: the layer is not causal, or the engine's attention backend
-                has no kernel for its head size.
+                has no kernel for its head size, its sinks or its ALiBi slopes.
         """
         if not self.spec.causal:
             raise ValueError(
@@ -156,29 +246,81 @@ class TrainableAttention(TrainingLayer):
             # The layer decides, not the model-wide default of the config.
             cache_config = copy.copy(cache_config)
             cache_config.sliding_window = None
-        self.engine = upstream.Attention(
+        extra: dict[str, Any] = {}
+        if self.sinks is not None:
+            extra["sinks"] = self._engine_sinks()
+        engine = upstream.Attention(
             self.num_heads,
             self.head_size,
             self.spec.scale,
             num_kv_heads=self.num_kv_heads,
+            alibi_slopes=None if self._slopes is None else list(self._slopes),
             cache_config=cache_config,
             quant_config=vllm_config.quant_config,
             logits_soft_cap=self.spec.logits_soft_cap,
             per_layer_sliding_window=self.spec.sliding_window,
             prefix=prefix,
+            **extra,
         )
-        backend = self.engine.attn_backend
+        # vLLM's attention has its own copy.
+        self.alibi_slopes = None
+        self._check_backend(engine, prefix)
+        self.engine = engine
+        return self
+
+    def _engine_sinks(self) -> nn.Parameter:
+        """The sinks as vLLM's attention shares them, in a dtype it does not cast.
+
+        It would cast fp16 once, on CPU, and not see weights that are loaded later.
+        """
+        assert self.sinks is not None
+        if self.sinks.dtype == torch.float16 and self.sinks.device.type == "cpu":
+            self.sinks.data = self.sinks.data.float()
+        return self.sinks
+
+    def _check_backend(self, engine: upstream.Attention, prefix: str) -> None:
+        backend = engine.attn_backend
+        name = backend.get_name()
         if not backend.supports_head_size(self.head_size):
             raise ValueError(
-                f"{prefix}: vLLM's {backend.get_name()} backend has no kernel for "
+                f"{prefix}: vLLM's {name} backend has no kernel for "
                 f"head_size={self.head_size}; it has "
                 f"{backend.get_supported_head_sizes()}. Choose such a size or another "
                 "attention backend."
             )
-        return self
+        if self._slopes is not None and not upstream.has_alibi(engine):
+            raise ValueError(
+                f"{prefix}: vLLM's {name} backend has no kernel for alibi_slopes here. "
+                "Choose TRITON_ATTN as the attention backend."
+            )
+        if self._slopes is not None and self.sinks is not None and name != "CPU_ATTN":
+            raise ValueError(
+                f"{prefix}: vLLM's {name} backend shifts the scores of a query with "
+                "alibi_slopes by a constant, which sinks would see. Leave out one of "
+                "the two; CPU_ATTN has both."
+            )
+        if self.sinks is None or name != "FLASH_ATTN":
+            return
+        if self.sinks.dtype != torch.bfloat16 or self.num_heads > 64:
+            raise ValueError(
+                f"{prefix}: vLLM's FLASH_ATTN backend has sinks in torch.bfloat16 and "
+                f"for at most 64 heads; these are {self.sinks.dtype} for "
+                f"{self.num_heads}. Choose TRITON_ATTN as the attention backend."
+            )
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_size={self.head_size}, {self.spec}"
-        )
+        parts = [
+            f"num_heads={self.num_heads}",
+            f"num_kv_heads={self.num_kv_heads}",
+            f"head_size={self.head_size}",
+            str(self.spec),
+        ]
+        if self.sinks is not None:
+            parts.append("sinks=True")
+        if self._slopes is not None:
+            parts.append(f"alibi_slopes={self._slopes}")
+        if self.implementation is not None:
+            parts.append(f"implementation={self.implementation!r}")
+        if self.deterministic:
+            parts.append("deterministic=True")
+        return ", ".join(parts)

@@ -36,11 +36,11 @@ def packed_view(
     """
     shape, heads = tuple(tensor.shape), (num_heads, head_size)
     if tensor.ndim == 2 and shape[1] == num_heads * head_size:
-        return tensor.unflatten(1, heads), None
+        return tensor.view(shape[0], *heads), None
     if tensor.ndim == 3 and shape[1:] == heads:
         return tensor, None
     if tensor.ndim == 3 and shape[2] == num_heads * head_size:
-        return tensor.unflatten(2, heads).flatten(0, 1), (shape[0], shape[1])
+        return tensor.view(*shape[:2], *heads).flatten(0, 1), (shape[0], shape[1])
     if tensor.ndim == 4 and shape[2:] == heads:
         return tensor.flatten(0, 1), (shape[0], shape[1])
     raise ValueError(
@@ -51,24 +51,30 @@ def packed_view(
     )
 
 
-def sequence_lengths(
+def sequence_bounds(
     num_tokens: int,
     batch_and_seq: tuple[int, int] | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
-) -> list[int]:
-    """Lengths of the sequences that a call consists of.
+    device: torch.device,
+) -> tuple[torch.Tensor, int | None]:
+    """Where the sequences that a call consists of begin and end.
+
+    Nothing is read from the device.
 
     Args:
         num_tokens: tokens over all sequences.
         batch_and_seq: (batch, seq) of a batched call, else None.
-        cu_seqlens: cumulative lengths of a packed call, int32,
-            shape = [num_seqs + 1]; None: one sequence.
+        cu_seqlens: cumulative lengths of a packed call; None: one sequence.
         max_seqlen: upper bound of the lengths, if the caller knows one.
+        device: where the tokens are.
+
+    Returns:
+        cu_seqlens and max_seqlen as `ops.attention` takes them.
 
     Raises:
-        ValueError: cu_seqlens that do not describe the tokens, or a max_seqlen that a
-            sequence exceeds.
+        ValueError: cu_seqlens of batched tensors, or a max_seqlen that a sequence
+            exceeds.
     """
     if batch_and_seq is not None:
         if cu_seqlens is not None:
@@ -78,44 +84,37 @@ def sequence_lengths(
                 "batch and seq into num_tokens."
             )
         batch, seq = batch_and_seq
-        lengths = [seq] * batch
-    elif cu_seqlens is None:
-        lengths = [num_tokens]
+    elif cu_seqlens is not None:
+        return cu_seqlens, max_seqlen
     else:
-        lengths = _from_cu_seqlens(num_tokens, cu_seqlens)
-    if max_seqlen is not None and max_seqlen < max([0, *lengths]):
+        batch, seq = 1, num_tokens
+    if max_seqlen is not None and max_seqlen < seq:
         raise ValueError(
-            f"max_seqlen={max_seqlen}, but a sequence has {max(lengths)} tokens; give "
-            "the length of the longest sequence, or leave it out."
+            f"max_seqlen={max_seqlen}, but a sequence has {seq} tokens; give the "
+            "length of the longest sequence, or leave it out."
         )
-    return lengths
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seq, seq
 
 
-def _from_cu_seqlens(num_tokens: int, cu_seqlens: torch.Tensor) -> list[int]:
-    if (
-        not isinstance(cu_seqlens, torch.Tensor)
-        or cu_seqlens.dtype != torch.int32
-        or cu_seqlens.ndim != 1
-        or len(cu_seqlens) < 1
-    ):
-        given = (
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-            if isinstance(cu_seqlens, torch.Tensor)
-            else type(cu_seqlens).__name__
-        )
-        raise ValueError(
-            f"cu_seqlens is {given}; it must be a torch.int32 tensor of shape "
-            "[num_seqs + 1], for lengths l: torch.tensor([0, *l]).cumsum(0, "
-            "dtype=torch.int32)."
-        )
+def check_sequences(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> None:
+    """Check the values of cu_seqlens, which have to be on the CPU.
+
+    Raises:
+        ValueError: cu_seqlens that do not describe the tokens, or a max_seqlen that a
+            sequence exceeds.
+    """
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != num_tokens or min([0, *lengths]) < 0:
+    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
         raise ValueError(
             f"cu_seqlens={_shorten(bounds)} does not describe {num_tokens} tokens; it "
             f"must start at 0, never decrease and end at {num_tokens}."
         )
-    return lengths
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen={max_seqlen}, but a sequence has {max(lengths)} tokens; give "
+            "the length of the longest sequence, or leave it out."
+        )
 
 
 def _shorten(values: list[int]) -> str:

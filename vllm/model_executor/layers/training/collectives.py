@@ -117,7 +117,7 @@ def _all_reduce(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     return total
 
 
-def _all_gather_last_dim(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def all_gather_last_dim(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     x = x.contiguous()
     pieces = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(pieces, x, group=group)
@@ -153,7 +153,7 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return _all_gather_last_dim(x, group)
+        return all_gather_last_dim(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -168,7 +168,7 @@ class _Split(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_gather_last_dim(grad, ctx.group), None
+        return all_gather_last_dim(grad, ctx.group), None
 
 
 class _SumReplicas(Function):

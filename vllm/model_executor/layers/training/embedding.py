@@ -121,13 +121,25 @@ class VocabParallelEmbedding(_VocabParallel):
 
         Returns:
             shape = [*input_ids.shape, embedding_dim].
+
+        Raises:
+            TypeError: ids that are not integers.
+            IndexError: on CPU, an id outside the vocabulary.
         """
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"VocabParallelEmbedding got ids of {input_ids.dtype}; they must be "
+                "torch.int64 or torch.int32."
+            )
         input_ids = input_ids.long()
         if self.tp_size == 1:
             return F.embedding(input_ids, self.weight)
         local_ids = input_ids - self.vocab_start_index
         elsewhere = (local_ids < 0) | (local_ids >= self.num_embeddings_per_partition)
         local_ids = local_ids.masked_fill(elsewhere, 0)
+        # An id of no rank fails in the lookup, as it does on one rank alone.
+        unknown = (input_ids < 0) | (input_ids >= self.num_embeddings)
+        local_ids = local_ids.masked_fill(unknown, -1)
         output = F.embedding(local_ids, self.weight)
         output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
         return reduce_from_group(output, self.parallel_context)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm.model_executor.layers.training.attention import TrainableAttention
@@ -31,6 +33,12 @@ class VLLMFlashAttention(TrainingLayer):
         sliding_window: a token sees this many latest positions, its own among them.
         logits_soft_cap: caps the scaled dot products s at ±C by C * tanh(s / C).
         scale: factor on the dot products; 1/sqrt(head_dim) if None.
+        sinks: learn one more score for each head, whose value is zero.
+        alibi_slopes: of each head, over all ranks: a key at distance d is scored
+            slope * d less (ALiBi).
+        dropout: must be 0, as for `TrainableAttention`.
+        implementation: what computes attention, as for `TrainableAttention`.
+        deterministic: attention's gradients are equal bit for bit from run to run.
         params_dtype: dtype of the parameters; torch's default dtype if None.
         parallel_context: the context to shard by.
 
@@ -58,6 +66,11 @@ class VLLMFlashAttention(TrainingLayer):
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
         scale: float | None = None,
+        sinks: bool = False,
+        alibi_slopes: Sequence[float] | None = None,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        deterministic: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_context: ParallelContext | None = None,
     ) -> None:
@@ -90,6 +103,14 @@ class VLLMFlashAttention(TrainingLayer):
         self.num_heads = self.qkv_proj.num_heads
         self.num_kv_heads = self.qkv_proj.num_kv_heads
         self.rotary_emb = rotary
+        if alibi_slopes is not None:
+            if len(alibi_slopes) != num_heads:
+                raise ValueError(
+                    f"alibi_slopes has {len(alibi_slopes)} elements; it must have one "
+                    f"for each of the {num_heads} heads."
+                )
+            first = self.tp_rank * self.num_heads
+            alibi_slopes = alibi_slopes[first : first + self.num_heads]
         self.attn = TrainableAttention(
             self.num_heads,
             head_dim,
@@ -98,6 +119,12 @@ class VLLMFlashAttention(TrainingLayer):
             causal=causal,
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            dropout=dropout,
+            implementation=implementation,
+            deterministic=deterministic,
+            params_dtype=params_dtype,
             parallel_context=self.parallel_context,
         )
         self.o_proj = RowParallelLinear(
@@ -140,7 +167,8 @@ class VLLMFlashAttention(TrainingLayer):
                 f"{self.hidden_size}]."
             )
         qkv = self.qkv_proj(hidden_states)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = qkv.view(*leading, heads, self.head_dim)
         q, k, v = qkv.split(
             (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2
         )

@@ -73,6 +73,18 @@ class ParallelLinear(TrainingLayer):
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}; its "
                 f"last dim must be {expected}."
             )
+        weight = self.weight
+        if x.device != weight.device:
+            raise ValueError(
+                f"{type(self).__name__} got an input on {x.device}, but its weight is "
+                f"on {weight.device}; move one to the other."
+            )
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not autocast:
+            raise ValueError(
+                f"{type(self).__name__} got an input of {x.dtype}, but its weight is "
+                f"{weight.dtype}; cast one to the other's dtype, or use torch.autocast."
+            )
 
     def _finish(self, output: torch.Tensor) -> LinearOutput:
         return (output, None) if self.return_bias else output

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""RMS normalisation, with and without a residual added first."""
+"""RMS and layer normalisation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.ops.norm.layer_norm import layer_norm
+from vllm.model_executor.layers.training.ops.norm.op import (
+    fused_add_rms_norm,
+    rms_norm,
+)
 from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.parallel_context import ParallelContext
+
+
+def _check_hidden_size(layer: RMSNorm | LayerNorm, x: torch.Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] != layer.hidden_size:
+        raise ValueError(
+            f"{type(layer).__name__} got an input of shape {tuple(x.shape)}; its last "
+            f"dim must be hidden_size={layer.hidden_size}."
+        )
 
 
 class RMSNorm(TrainingLayer):
     """x / sqrt(mean(x²) + eps) * weight (arXiv:1910.07467).
 
     The mean and the quotient are computed in fp32, rounded to the weight's dtype and
-    multiplied by the weight, in this order, which is that of vLLM's native operation;
-    the bits are the same. Trainer and engine both run this layer.
+    multiplied by the weight. Trainer and engine run the same op, whose result for a
+    token does not depend on the other tokens.
 
     Args:
         hidden_size: size of the normalised last dim.
@@ -65,26 +78,81 @@ class RMSNorm(TrainingLayer):
             The normalised tensor in x's shape and dtype; with a residual also the
             sum of x and residual, in x's dtype.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"RMSNorm got an input of shape {tuple(x.shape)}; its last dim must "
-                f"be hidden_size={self.hidden_size}."
-            )
-        compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dtype = x.dtype
-        x = x.to(compute_dtype)
-        if residual is not None:
-            if residual.shape != x.shape:
-                raise ValueError(
-                    f"residual has shape {tuple(residual.shape)}; it must have the "
-                    f"input's shape {tuple(x.shape)}."
-                )
-            x = x + residual.to(compute_dtype)
-            residual = x.to(dtype)
-        variance = x.pow(2).mean(dim=-1, keepdim=True)
-        x = x * torch.rsqrt(variance + self.variance_epsilon)
-        x = (x.to(self.weight.dtype) * self.weight).to(dtype)
-        return x if residual is None else (x, residual)
+        _check_hidden_size(self, x)
+        if residual is None:
+            return rms_norm(x, self.weight, self.variance_epsilon)
+        return fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"
+
+
+class LayerNorm(TrainingLayer):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (arXiv:1607.06450).
+
+    torch's own kernel, which trainer and engine both run: torch.compile does not
+    replace it.
+
+    Args:
+        hidden_size: size of the normalised last dim.
+        eps: added to the variance.
+        elementwise_affine: whether there are a weight and a bias.
+        bias: False: a weight alone.
+        params_dtype: dtype of the parameters; torch's default dtype if None.
+        parallel_context: accepted for uniformity; every rank holds whole parameters.
+
+    Attributes:
+        weight: shape = [hidden_size], or None.
+        bias: likewise.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        params_dtype: torch.dtype | None = None,
+        parallel_context: ParallelContext | None = None,
+    ) -> None:
+        super().__init__(parallel_context)
+        self.hidden_size = hidden_size
+        self.eps = eps
+        dtype = resolve_dtype(params_dtype)
+        self._has = {"weight": elementwise_affine, "bias": elementwise_affine and bias}
+        for name, given in self._has.items():
+            if given:
+                self._add_parameter(name, dtype)
+            else:
+                self.register_parameter(name, None)
+        self._initialise()
+
+    def parameter_sharding(self) -> dict[str, ParameterSharding]:
+        whole = ParameterSharding.replicated((self.hidden_size,))
+        return {name: whole for name, given in self._has.items() if given}
+
+    def reset_parameters(self) -> None:
+        """Weight ones, bias zeros."""
+        if self._has["weight"]:
+            self.draw("weight", nn.init.ones_)
+        if self._has["bias"]:
+            self.draw("bias", nn.init.zeros_)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise.
+
+        Args:
+            x: shape = [..., hidden_size].
+
+        Returns:
+            shape and dtype of x.
+        """
+        _check_hidden_size(self, x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, eps={self.eps}"

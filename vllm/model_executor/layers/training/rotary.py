@@ -4,41 +4,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.ops.rotary.op import rotary_embedding
+from vllm.model_executor.layers.training.rotary_scaling import (
+    check_rope_scaling,
+    compute_cos_sin_cache,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 
 
 class RotaryEmbedding(TrainingLayer):
     """Rotates pairs of query and key features by position (arXiv:2104.09864).
 
-    The pair i of rotary_dim / 2 is rotated by position * base^(-2 i / rotary_dim).
-    Cosines and sines are computed in fp32 on the CPU, so they are the same on every
-    device, and rounded to the query's dtype before use, as in vLLM's native
-    operation; the bits are the same. Trainer and engine both run this layer.
+    The pair i of rotary_dim / 2 is rotated by position * base^(-2 i / rotary_dim),
+    or as `rope_scaling` has it. Cosines and sines are computed in fp32 on the CPU, so
+    they are the same on every device, and used unrounded. Trainer and engine run this
+    layer and the same op.
 
     Args:
         head_size: size of each head.
-        rotary_dim: the leading features of a head that are rotated; head_size if
-            None.
-        max_position_embeddings: number of positions.
-        base: base of the geometric progression of frequencies.
+        rotary_dim: the leading features of a head that are rotated. If None,
+            rope_scaling's partial_rotary_factor of the head, or all of it.
+        max_position_embeddings: number of positions; "linear" and "yarn" scaling have
+            more.
+        base: base of the geometric progression of frequencies. If None, rope_scaling's
+            rope_theta, or 10000.
         is_neox_style: a pair is feature i and i + rotary_dim / 2; else 2 i and
             2 i + 1 (GPT-J).
+        rope_scaling: how positions are scaled, as Hugging Face's configs and vLLM's
+            `get_rope` have it: `rope_parameters`, or `rope_scaling` of older ones. Its
+            rope_type is default, linear, dynamic, yarn or llama3; `rotary_scaling`
+            has the formulas and the other keys.
         parallel_context: accepted for uniformity; the layer is the same on all
             ranks.
 
     Attributes:
-        cos_sin_cache: shape = [max_position_embeddings, rotary_dim], fp32; cosines
-            in the first half. Not part of the state dict. It stays fp32 when the
-            module is cast.
+        cos_sin_cache: shape = [num_positions, rotary_dim], fp32; cosines in the first
+            half. Not part of the state dict. It stays fp32 when the module is cast.
 
     Raises:
-        ValueError: rotary_dim is odd or exceeds head_size.
+        ValueError: rotary_dim is odd or exceeds head_size, rope_scaling is unknown or
+            incomplete, or says otherwise than rotary_dim or base.
     """
 
     cos_sin_cache: torch.Tensor
@@ -48,13 +59,19 @@ class RotaryEmbedding(TrainingLayer):
         head_size: int,
         rotary_dim: int | None = None,
         max_position_embeddings: int = 8192,
-        base: float = 10000.0,
+        base: float | None = None,
         is_neox_style: bool = True,
         *,
+        rope_scaling: Mapping[str, Any] | None = None,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
-        rotary_dim = head_size if rotary_dim is None else rotary_dim
+        self.rope_scaling = check_rope_scaling(rope_scaling)
+        given = rope_scaling or {}
+        part = given.get("partial_rotary_factor")
+        scaled_dim = None if part is None else int(head_size * part)
+        rotary_dim = _agreed("rotary_dim", rotary_dim, scaled_dim, head_size)
+        base = _agreed("base", base, given.get("rope_theta"), 10000.0)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
             raise ValueError(
                 f"rotary_dim={rotary_dim} must be even and from 2 to "
@@ -69,12 +86,9 @@ class RotaryEmbedding(TrainingLayer):
         self.register_buffer("cos_sin_cache", cache, persistent=False)
 
     def _compute_cos_sin_cache(self) -> torch.Tensor:
-        kwargs: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        exponents = torch.arange(0, self.rotary_dim, 2, **kwargs) / self.rotary_dim
-        frequencies = 1.0 / self.base**exponents
-        positions = torch.arange(self.max_position_embeddings, **kwargs)
-        angles = torch.outer(positions, frequencies)
-        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return compute_cos_sin_cache(
+            self.rotary_dim, self.max_position_embeddings, self.base, self.rope_scaling
+        )
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -92,40 +106,40 @@ class RotaryEmbedding(TrainingLayer):
         """Rotate query and key.
 
         Args:
-            positions: integers, shape = [num_tokens] or [batch, seq].
+            positions: int32 or int64, shape = [num_tokens] or [batch, seq]. On CUDA a
+                position outside the cache makes its token's rotated features NaN.
             query: shape = [*positions.shape, num_heads, head_size] or
-                [*positions.shape, num_heads * head_size].
-            key: as query, with the key's number of heads.
+                [*positions.shape, num_heads * head_size]. Slices of one tensor, such
+                as the projection to query, key and value, are not copied.
+            key: as query, with the key's number of heads, dtype of query.
 
         Returns:
             The rotated query and key, in their own shapes.
 
         Raises:
-            ValueError: shapes that do not fit each other.
-            IndexError: a position beyond max_position_embeddings.
+            ValueError: shapes, dtypes or devices that do not fit each other.
+            IndexError: on CPU, a position outside the cache.
         """
-        for name, tensor in (("query", query), ("key", key)):
-            self._check_shapes(name, tensor, positions)
-        try:
-            rows = self.cos_sin_cache.index_select(0, positions.flatten())
-        except IndexError as error:
-            raise IndexError(
-                f"positions go from {positions.min()} to {positions.max()}; this "
-                "RotaryEmbedding holds positions 0 to "
-                f"{self.max_position_embeddings - 1}. Build it with a larger "
-                "max_position_embeddings."
-            ) from error
-        cos, sin = rows.to(query.dtype).unsqueeze(-2).chunk(2, dim=-1)
-        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        rotated = rotary_embedding(
+            positions.flatten(),
+            self._as_heads("query", query, positions),
+            self._as_heads("key", key, positions),
+            self.cos_sin_cache,
+            self.is_neox_style,
+        )
+        return rotated[0].view(query.shape), rotated[1].view(key.shape)
 
-    def _check_shapes(
+    def _as_heads(
         self, name: str, tensor: torch.Tensor, positions: torch.Tensor
-    ) -> None:
+    ) -> torch.Tensor:
+        """shape = [num_tokens, num_heads, head_size] of query or key."""
         dims = positions.ndim
+        features = tensor.shape[dims:]
         if (
             tensor.shape[:dims] != positions.shape
-            or tensor.ndim not in (dims + 1, dims + 2)
-            or tensor.shape[-1] % self.head_size
+            or len(features) not in (1, 2)
+            or features[-1] % self.head_size
+            or (len(features) == 2 and features[1] != self.head_size)
         ):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} does not fit positions of "
@@ -133,37 +147,23 @@ class RotaryEmbedding(TrainingLayer):
                 "shape must be [*positions.shape, num_heads, head_size] or "
                 "[*positions.shape, num_heads * head_size]."
             )
-
-    def _rotate(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """Rotate one tensor.
-
-        Args:
-            x: query or key in any accepted layout.
-            cos: shape = [num_tokens, 1, rotary_dim / 2].
-            sin: the shape of cos.
-        """
-        num_tokens = cos.shape[0]
-        num_heads = x.numel() // (num_tokens * self.head_size) if num_tokens else 1
-        heads = x.reshape(num_tokens, num_heads, self.head_size)
-        rotated, kept = heads.split(
-            (self.rotary_dim, self.head_size - self.rotary_dim), dim=-1
-        )
-        if self.is_neox_style:
-            first, second = rotated.chunk(2, dim=-1)
-        else:
-            first, second = rotated[..., ::2], rotated[..., 1::2]
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        if self.is_neox_style:
-            output = torch.cat((*turned, kept), dim=-1)
-        else:
-            output = torch.cat((torch.stack(turned, dim=-1).flatten(-2), kept), dim=-1)
-        return output.reshape(x.shape)
+        num_heads = features.numel() // self.head_size
+        return tensor.reshape(positions.numel(), num_heads, self.head_size)
 
     def extra_repr(self) -> str:
         return (
             f"head_size={self.head_size}, rotary_dim={self.rotary_dim}, "
             f"max_position_embeddings={self.max_position_embeddings}, "
-            f"base={self.base}, is_neox_style={self.is_neox_style}"
+            f"base={self.base}, is_neox_style={self.is_neox_style}, "
+            f"rope_scaling={self.rope_scaling}"
         )
+
+
+def _agreed(name: str, given: Any, scaled: Any, default: Any) -> Any:
+    """An argument that rope_scaling may hold too."""
+    if None not in (given, scaled) and given != scaled:
+        raise ValueError(
+            f"{name}={given}, but rope_scaling says {scaled}; give one of them."
+        )
+    values = (value for value in (given, scaled) if value is not None)
+    return next(values, default)

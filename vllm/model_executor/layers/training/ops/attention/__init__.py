@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Attention over packed sequences.
 
-`reference.py` is the specification in plain torch. `dispatch.py` holds the public
-function and the table that chooses an implementation; the implementations are one
-file each.
+`reference.py` is the specification in plain torch. `op.py` holds the op and the public
+function, `table.py` the implementations and how one is chosen.
 """

@@ -26,11 +26,12 @@ class AttentionSpec:
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
 
-    def features(self) -> frozenset[str]:
-        """Names of the features in use beyond scale and causality."""
-        names = set()
-        if self.sliding_window is not None:
-            names.add("sliding_window")
-        if self.logits_soft_cap is not None:
-            names.add("logits_soft_cap")
-        return frozenset(names)
+    @property
+    def window(self) -> int:
+        """The sliding window as kernels take it: 0 means no limit."""
+        return self.sliding_window or 0
+
+    @property
+    def soft_cap(self) -> float:
+        """The soft cap as kernels take it: 0 means none."""
+        return self.logits_soft_cap or 0.0

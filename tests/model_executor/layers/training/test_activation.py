@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Gated activations: ops, layers, and their backward."""
+
+import pytest
+import torch
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import activation as engine
+from vllm.model_executor.layers.training import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.training.ops.activation import op
+from vllm.model_executor.layers.training.ops.activation.reference import (
+    gelu_and_mul_reference,
+    silu_and_mul_reference,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# layer, reference, op, backward op, further arguments
+FORMS = {
+    "silu": (SiluAndMul, silu_and_mul_reference, "silu_and_mul", ()),
+    "gelu": (GeluAndMul, gelu_and_mul_reference, "gelu_and_mul", (False,)),
+    "gelu_tanh": (GeluAndMul, gelu_and_mul_reference, "gelu_and_mul", (True,)),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+def layer_of(form):
+    layer, _, _, options = form
+    if layer is SiluAndMul:
+        return layer()
+    return layer("tanh" if options[0] else "none")
+
+
+def results(function, x, grad):
+    """The output and the gradient."""
+    x = x.detach().requires_grad_()
+    output = function(x)
+    return output.detach(), *torch.autograd.grad(output, x, grad)
+
+
+def test_references_pass_gradcheck(form):
+    _, reference, _, options = form
+    torch.manual_seed(0)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference(x, *options), (x,))
+    assert torch.autograd.gradcheck(layer_of(form), (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_references_have_the_bits_of_vllms_native_ops(form, dtype, assert_equal):
+    _, reference, _, options = form
+    x = torch.randn(63, 96).to(dtype)
+    with set_current_vllm_config(VllmConfig()):
+        if options:
+            native = engine.GeluAndMul("tanh" if options[0] else "none")
+        else:
+            native = engine.SiluAndMul()
+        expected = native.forward_native(x)
+    assert_equal("output", reference(x, *options), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 10), (63, 126), (3, 7, 246), (2, 4096)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_and_gradients_are_accurate(
+    form, dtype, shape, device, assert_as_accurate
+):
+    _, reference, _, options = form
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape)).to(device, dtype)
+    grad = torch.randn(*shape[:-1], shape[-1] // 2).to(device, dtype)
+
+    def plain(x):
+        return reference(x, *options)
+
+    for what, *tensors in zip(
+        ("output", "gradient"),
+        results(layer_of(form), x, grad),
+        results(plain, x, grad),
+        results(plain, x.double(), grad.double()),
+    ):
+        assert_as_accurate(what, *tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_tensors(form, dtype, device, assert_equal):
+    torch.manual_seed(0)
+    layer = layer_of(form)
+    whole = torch.randn(8, 3, 100, device=device).to(dtype)
+    grad = torch.randn(20, 3, 8, device=device).to(dtype)
+    for name, x, g in (
+        ("rows apart", whole[:, 1, :46], grad[:8, :, 0].repeat(1, 8)[:, :23]),
+        ("last dim strided", whole[..., ::2], grad[:8, :, :1].expand(8, 3, 25)),
+        ("transposed", whole.transpose(0, 2)[:, :, :6], grad[..., 1:4].repeat(5, 1, 1)),
+        ("one row expanded", whole[0, :1].expand(8, 100), grad[0, 0, 0].expand(8, 50)),
+    ):
+        expected = results(layer, x.contiguous(), g.contiguous())
+        for what, a, b in zip(("output", "gradient"), results(layer, x, g), expected):
+            assert_equal(f"{name}: {what}", a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 6), (0,)])
+def test_empty_tensors(form, shape, device):
+    x = torch.zeros(shape, device=device, requires_grad=True)
+    output = layer_of(form)(x)
+    assert output.shape == (*shape[:-1], shape[-1] // 2)
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(form, dtype, device):
+    _, _, name, options = form
+    x = torch.randn(5, 12, device=device).to(dtype)
+    forward, backward = getattr(op, f"_{name}"), getattr(op, f"_{name}_backward")
+    torch.library.opcheck(forward, (x.requires_grad_(), *options))
+    torch.library.opcheck(backward, (x[:, :6].detach(), x.detach(), *options))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1023])
+def test_every_element_is_written(form, size, device, monkeypatch):
+    x = torch.randn(5, 2 * size, device=device)
+    grad = torch.randn(5, size, device=device)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        outputs = results(layer_of(form), x, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(tensor.isnan().any() for tensor in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_propagate_as_in_torch(form, dtype, device):
+    _, reference, _, options = form
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 1e4])
+    x = torch.cartesian_prod(values, values).T.flatten().to(device, dtype)
+    grad = torch.ones(len(values) ** 2, device=device, dtype=dtype)
+    actual = results(layer_of(form), x, grad)
+    expected = results(lambda x: reference(x, *options), x, grad)
+    for a, b in zip(actual, expected):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isposinf(), b.isposinf())
+        assert torch.equal(a.isneginf(), b.isneginf())
+
+
+@pytest.mark.parametrize("size", [5, 64, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_others(form, dtype, size, device, assert_equal):
+    torch.manual_seed(0)
+    layer = layer_of(form)
+    x = torch.randn(123, 2 * size, device=device).to(dtype)
+    grad = torch.randn(123, size, device=device).to(dtype)
+    whole = results(layer, x, grad)
+    for rows in (slice(0, 1), slice(7, 8), slice(11, 74), slice(122, 123)):
+        alone = results(layer, x[rows], grad[rows])
+        for what, a, b in zip(("output", "gradient"), alone, whole):
+            assert_equal(f"{what} of {rows}", a, b[rows])
+
+
+def test_threads_do_not_matter(form, assert_equal):
+    torch.manual_seed(0)
+    layer = layer_of(form)
+    x, grad = torch.randn(200, 2000), torch.randn(200, 1000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(layer, x, grad)
+        torch.set_num_threads(2)
+        two = results(layer, x, grad)
+    finally:
+        torch.set_num_threads(threads)
+    for what, a, b in zip(("output", "gradient"), two, one):
+        assert_equal(what, a, b)
+
+
+def test_compiled_without_graph_breaks(form, device, assert_equal):
+    layer = layer_of(form)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 63):
+        x, grad = torch.randn(rows, 24, device=device), torch.randn(12, device=device)
+        grad = grad.expand(rows, 12)
+        for a, b in zip(results(compiled, x, grad), results(layer, x, grad)):
+            assert_equal("compiled", a, b)
+        with torch.inference_mode():
+            assert_equal("inference", compiled(x), layer(x))
+
+
+def test_meta_tensors_have_the_shape(form):
+    assert layer_of(form)(torch.empty(3, 8, device="meta")).shape == (3, 4)
+
+
+def test_bad_input_is_refused(form):
+    layer = layer_of(form)
+    with pytest.raises(ValueError, match=r"_and_mul got.*shape \(2, 7\).*must be even"):
+        layer(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="torch.int64; .*floating-point"):
+        layer(torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"shape \(\)"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(
+        ValueError, match="approximate='erf'; it takes 'none' or 'tanh'"
+    ):
+        GeluAndMul("erf")

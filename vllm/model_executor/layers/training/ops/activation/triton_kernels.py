@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Gated activations on CUDA.
+
+Inputs are matrices whose last dim is contiguous, in fp32, bf16 or fp16. The kernels
+compute in fp32 and round once. A program computes a piece of one row, elements do not
+depend on each other, so a row's bits depend on that row alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+
+@triton.jit
+def _activate(gate, form: tl.constexpr):
+    """The activation at the gate, and its derivative."""
+    if form == "gelu":
+        share = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # sqrt(1 / 2)
+        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)  # 1 / sqrt(2 pi)
+        derivative = share + gate * density
+    else:
+        # gelu's tanh form is gate * (1 + tanh(u)) / 2 = gate * sigmoid(2 u) with u =
+        # sqrt(2 / pi) * (gate + 0.044715 * gate**3). The constant is 2 * sqrt(2 / pi).
+        if form == "gelu_tanh":
+            inner = 1.5957691216057308 * gate * (1 + 0.044715 * gate * gate)
+            slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
+        else:
+            inner = gate
+            slope = 1.0
+        # sigmoid(|inner|) and sigmoid(-|inner|): no overflow, no cancellation in 1 -
+        # sigmoid.
+        decay = tl.exp(-tl.abs(inner))
+        large = 1 / (1 + decay)
+        small = decay * large
+        share = tl.where(inner < 0, small, large)
+        derivative = share + gate * (large * small * slope)
+    return gate * share, derivative
+
+
+@triton.jit
+def _piece(size, block: tl.constexpr):
+    """This program's row, columns and mask. The pieces of a row are adjacent."""
+    pieces = tl.cdiv(size, block)
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    column = tl.program_id(0) % pieces * block + tl.arange(0, block)
+    return row, column, column < size
+
+
+@triton.jit
+def _forward_kernel(x, output, x_stride, size, form: tl.constexpr, block: tl.constexpr):
+    row, column, mask = _piece(size, block)
+    gate = tl.load(x + row * x_stride + column, mask=mask).to(tl.float32)
+    up = tl.load(x + row * x_stride + size + column, mask=mask).to(tl.float32)
+    activated, _ = _activate(gate, form)
+    tl.store(output + row * size + column, activated * up, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    x,
+    grad_x,
+    grad_stride,
+    x_stride,
+    size,
+    form: tl.constexpr,
+    block: tl.constexpr,
+):
+    row, column, mask = _piece(size, block)
+    upstream = tl.load(grad + row * grad_stride + column, mask=mask).to(tl.float32)
+    gate = tl.load(x + row * x_stride + column, mask=mask).to(tl.float32)
+    up = tl.load(x + row * x_stride + size + column, mask=mask).to(tl.float32)
+    activated, derivative = _activate(gate, form)
+    grad_x += row * (2 * size) + column
+    tl.store(grad_x, upstream * up * derivative, mask=mask)
+    tl.store(grad_x + size, upstream * activated, mask=mask)
+
+
+class _Tiling(NamedTuple):
+    block: int  # columns of a program
+    num_warps: int
+
+
+def _tiling(size: int) -> _Tiling:
+    # 16 bytes of bf16 for each thread and load.
+    block = min(1024, max(32, triton.next_power_of_2(size)))
+    return _Tiling(block, max(1, block // 256))
+
+
+def _forward(x: torch.Tensor, form: str, tiling: _Tiling) -> torch.Tensor:
+    rows, size = x.shape[0], x.shape[1] // 2
+    output = x.new_empty(rows, size)
+    if output.numel():
+        grid = (rows * triton.cdiv(size, tiling.block),)
+        _forward_kernel[grid](
+            x, output, x.stride(0), size, form=form, **tiling._asdict()
+        )
+    return output
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, form: str, tiling: _Tiling
+) -> torch.Tensor:
+    rows, size = grad.shape
+    grad_x = x.new_empty(x.shape)
+    if grad.numel():
+        grid = (rows * triton.cdiv(size, tiling.block),)
+        _backward_kernel[grid](
+            grad,
+            x,
+            grad_x,
+            grad.stride(0),
+            x.stride(0),
+            size,
+            form=form,
+            **tiling._asdict(),
+        )
+    return grad_x
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """shape = [rows, 2 * size] -> [rows, size]."""
+    return _forward(x, "silu", _tiling(x.shape[1] // 2))
+
+
+def silu_and_mul_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """shape = [rows, size], [rows, 2 * size] -> [rows, 2 * size]."""
+    return _backward(grad, x, "silu", _tiling(grad.shape[1]))
+
+
+def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    """shape = [rows, 2 * size] -> [rows, size]; gelu's tanh form or its erf form."""
+    form = "gelu_tanh" if tanh else "gelu"
+    return _forward(x, form, _tiling(x.shape[1] // 2))
+
+
+def gelu_and_mul_backward(
+    grad: torch.Tensor, x: torch.Tensor, tanh: bool
+) -> torch.Tensor:
+    """shape = [rows, size], [rows, 2 * size] -> [rows, 2 * size]."""
+    form = "gelu_tanh" if tanh else "gelu"
+    return _backward(grad, x, form, _tiling(grad.shape[1]))

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Attention on CPU: our C++ kernels, and the engine's own forward."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.model_executor import upstream
+
+PAGE_SIZE = 128
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our C++ kernel."""
+    return torch.ops.vllm_training.cpu_attention_forward(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        sinks,
+        alibi_slopes,
+        scale,
+        causal,
+        window,
+        soft_cap,
+    )
+
+
+def backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Our C++ kernel. It needs no sinks: they are in lse."""
+    return torch.ops.vllm_training.cpu_attention_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        lse,
+        cu_seqlens,
+        None,
+        alibi_slopes,
+        scale,
+        causal,
+        window,
+        soft_cap,
+    )
+
+
+def forward_vllm(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The engine's kernel, on a KV cache filled from the packed keys and values.
+
+    Each sequence is a request whose whole prompt is computed in one step. The engine's
+    kernel does not return lse, which our own computes.
+    """
+    vllm = upstream.cpu_attention()
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads = key.shape[1]
+    isa = vllm.isa(query.dtype, PAGE_SIZE, head_size)
+
+    # The engine has no empty requests.
+    bounds = cu_seqlens.unique_consecutive()
+    lengths = bounds.diff()
+    first_page, slots, num_pages = _pages(bounds, lengths)
+    longest = -(-int(lengths.max()) // PAGE_SIZE)
+    pages = torch.arange(longest, dtype=torch.int32)
+    block_table = (first_page.unsqueeze(1) + pages).clamp_(max=num_pages - 1)
+    cache = query.new_zeros(num_pages, num_kv_heads, 2 * PAGE_SIZE, head_size)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    vllm.ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+    metadata = vllm.ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(lengths),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_size,
+        seq_lens=lengths,
+        dtype=query.dtype,
+        query_start_loc=bounds,
+        causal=causal,
+        sliding_window_size=window or -1,
+        isa=isa,
+        enable_kv_split=vllm.split_kv(),
+    )
+    output = query.new_empty(query.shape)
+    vllm.ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=bounds,
+        seq_lens=lengths,
+        scale=scale,
+        causal=causal,
+        alibi_slopes=alibi_slopes,
+        sliding_window=window or -1,
+        block_table=block_table,
+        softcap=soft_cap,
+        scheduler_metadata=metadata,
+        s_aux=sinks,
+    )
+    lse = torch.ops.vllm_training.cpu_attention_lse(
+        query, key, cu_seqlens, sinks, alibi_slopes, scale, causal, window, soft_cap
+    )
+    return output, lse
+
+
+def _pages(
+    bounds: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Where sequences lie in a KV cache in which each begins at a new page.
+
+    Returns:
+        Each sequence's first page, int32; each token's slot, int64; number of pages.
+    """
+    num_pages = (lengths + PAGE_SIZE - 1) // PAGE_SIZE
+    ends = num_pages.cumsum(0, dtype=torch.int32)
+    first_page = ends - num_pages
+    shift = first_page.long() * PAGE_SIZE - bounds[:-1]
+    slots = torch.arange(int(bounds[-1])) + shift.repeat_interleave(lengths)
+    return first_page, slots, int(ends[-1])

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""FlashAttention 3 and 4, which vLLM ships for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.model_executor import upstream
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    soft_cap: float,
+    *,
+    version: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention's forward; version 3 is what the engine runs on Hopper GPUs.
+
+    One KV split: a row's bits do not depend on the batch, and contiguous keys give the
+    bits of paged ones. It has no ALiBi.
+    """
+    left, right = _sides(causal, window)
+    output, lse = upstream.flash_attention().flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        max_seqlen_q=max_seqlen,
+        cu_seqlens_q=cu_seqlens,
+        max_seqlen_k=max_seqlen,
+        cu_seqlens_k=cu_seqlens,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=[-1 if left is None else left, -1 if right is None else right],
+        softcap=soft_cap,
+        return_softmax_lse=True,
+        fa_version=version,
+        num_splits=1,
+        # FA3 reads sinks in bf16 only; ours are rounded to the query's dtype.
+        s_aux=None if sinks is None else sinks.to(query.dtype),
+    )
+    return output, lse
+
+
+def backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    soft_cap: float,
+    *,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """FlashAttention 4's backward, for what any version's forward has computed.
+
+    A sink is in lse, so the gradients of query, key and value need no more of it.
+    """
+    left, right = _sides(causal, window)
+    return upstream.flash_attention_backward()(
+        query,
+        key,
+        value,
+        output,
+        grad_output,
+        lse,
+        softmax_scale=scale,
+        causal=causal,
+        softcap=soft_cap,
+        window_size_left=left,
+        window_size_right=right,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        deterministic=deterministic,
+    )
+
+
+def _sides(causal: bool, window: int) -> tuple[int | None, int | None]:
+    """How many keys before and after its own position a query sees; None: all."""
+    if not window:
+        return None, None
+    return window - 1, 0 if causal else window - 1

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The torch.library namespace of the training ops, and which kernels there are.
+
+An op is defined in its folder's `op.py`: schema, shapes for tracing, backward, and the
+public function that checks its arguments. Its kernel for CPU is C++ in
+`csrc/training/cpu`, built into `vllm/_training_C`, which implements the op for
+torch's CPU key, unless `op.py` says otherwise; its kernel for CUDA is Triton in the
+op's folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.triton_utils import HAS_TRITON
+
+logger = init_logger(__name__)
+
+NAMESPACE = "vllm_training"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_EXTENSION = Path(__file__).parents[4] / "_training_C.abi3.so"
+
+
+def _load_cpu_kernels() -> bool:
+    if not _EXTENSION.exists():
+        logger.warning(
+            "%s is not built: training layers run plain torch on CPU, which is slower "
+            "and takes more memory. Build it with `python tools/overlay.py extension` "
+            "and apply the overlay again, or install the wheel.",
+            _EXTENSION.name,
+        )
+        return False
+    torch.ops.load_library(str(_EXTENSION))
+    return True
+
+
+HAS_CPU_KERNELS = _load_cpu_kernels()
+
+
+def has_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the ops have a kernel for a tensor's device and dtype.
+
+    Plain torch computes what has none: float64, which is for checks, the meta device,
+    and CPU tensors where the extension is not built.
+    """
+    if tensor.dtype not in KERNEL_DTYPES:
+        return False
+    if tensor.device.type == "cpu":
+        return HAS_CPU_KERNELS
+    return tensor.device.type == "cuda" and HAS_TRITON
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as ops on rows take it.
+
+    Returns:
+        shape = [rows, last dim], each row contiguous.
+    """
+    if x.ndim != 2:
+        x = x.unsqueeze(0).flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def from_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The result of an op on `rows_of(x)`, in the shape of x but for the last dim."""
+    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+def define_op(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Define an op of the namespace.
+
+    Args:
+        schema: name, arguments and results, such as `relu(Tensor x) -> Tensor`.
+            Arguments are positional and have no defaults.
+        fake: the op on tensors without data: the results' shapes, strides and dtypes.
+        cpu: the op on CPU tensors; None: it is in the extension.
+        cuda: the op on CUDA tensors.
+        backward: as for `torch.library.register_autograd`; None: not differentiable.
+        setup_context: likewise.
+
+    Returns:
+        The op, which is called with the schema's arguments.
+
+    Raises:
+        ImportError: the extension is there, but the op's kernel is not in it.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if cpu is not None:
+        _LIBRARY.impl(name, _as_kernel(cpu), "CPU")
+    elif HAS_CPU_KERNELS and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        qualified, "CPU"
+    ):
+        raise ImportError(
+            f"{_EXTENSION} has no CPU kernel for {qualified}: it was built from other "
+            "sources. Build it again with `make setup`, or with `python "
+            "tools/overlay.py extension` and apply the overlay again."
+        )
+    if cuda is not None:
+        _LIBRARY.impl(name, _as_kernel(cuda), "CUDA")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is not None:
+        _LIBRARY.impl(name, _differentiable(op, backward, setup_context), "Autograd")
+    return op
+
+
+def _as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function as torch calls its own kernels.
+
+    On the first tensor's device, and without autocast, which would change the dtypes of
+    what the function calls.
+    """
+
+    @functools.wraps(function)
+    def kernel(first: torch.Tensor, *rest: Any) -> Any:
+        device = first.device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return kernel(first, *rest)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return function(first, *rest)
+        return function(first, *rest)
+
+    return kernel
+
+
+def refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+    """The backward of an op that is a backward itself.
+
+    Without one torch would warn and leave its gradient out.
+    """
+    raise RuntimeError(
+        "The training ops have no second derivative: their gradients cannot be "
+        "differentiated. Compute what needs one in plain torch, such as full_logprobs "
+        "for token_logprobs, or in float64."
+    )
+
+
+def _differentiable(
+    op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """The op for torch's Autograd key.
+
+    `torch.library.register_autograd` would do the same, but takes host time in each
+    call that grows with the square of the number of arguments: 0.07 ms for attention,
+    for which a GPU may have to wait.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = below_autograd(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{op._opname}_function", (torch.autograd.Function,), methods)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        return below_autograd(*args)
+
+    return call

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""RMS normalisation: ops, backward and public functions.
+
+    s = x + residual    rstd = 1 / sqrt(mean(s²) + eps)    n = s rstd    y = n weight
+
+With g = dy weight the gradients are ds = rstd (g - n mean(g n)), to which that of the
+second result, the sum, is added, and dweight = sum over rows of dy n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.training.ops.library import (
+    define_op,
+    from_rows,
+    has_kernel,
+    refuse_second_derivative,
+    rows_of,
+)
+from vllm.model_executor.layers.training.ops.norm import triton_kernels
+from vllm.model_executor.layers.training.ops.norm.arguments import check
+from vllm.model_executor.layers.training.ops.norm.reference import (
+    fused_add_rms_norm_reference,
+    rms_norm_reference,
+)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) * weight (arXiv:1910.07467).
+
+    The normalised value is computed in fp32, rounded to the weight's dtype, multiplied
+    by the weight, rounded to the weight's dtype and then to x's.
+
+    Args:
+        x: shape = [..., hidden_size]; float32, bfloat16 or float16. float64 and meta
+            tensors take the specification in plain torch.
+        weight: shape = [hidden_size], one of these dtypes.
+        eps: added to the mean of the squares.
+
+    Returns:
+        shape and dtype of x.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+    """
+    check("rms_norm", x, weight=weight)
+    if not (has_kernel(x) and has_kernel(weight)):
+        return rms_norm_reference(x, weight, eps)
+    output, _ = _rms_norm(rows_of(x), weight.contiguous(), eps)
+    return from_rows(output, x)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x + residual, and the sum.
+
+    The sum is computed in fp32 and normalised as it is; only the second result is
+    rounded. The backward has the rounded sum. That changes the gradients by about as
+    much as rounding x does: a relative error of half an eps of x's dtype in n.
+
+    Args:
+        x: as in `rms_norm`.
+        residual: shape of x. If its dtype is another, as under autocast, both are
+            first cast to the dtype that they promote to.
+        weight: as in `rms_norm`.
+        eps: likewise.
+
+    Returns:
+        The normalised sum and the sum, both of x's shape and dtype.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+    """
+    check("fused_add_rms_norm", x, residual, weight=weight)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    wide, residual = x.to(dtype), residual.to(dtype)
+    if has_kernel(wide) and has_kernel(weight):
+        output, total, _ = _fused_add_rms_norm(
+            rows_of(wide), rows_of(residual), weight.contiguous(), eps
+        )
+        output, total = from_rows(output, x), from_rows(total, x)
+    else:
+        output, total = fused_add_rms_norm_reference(wide, residual, weight, eps)
+    return output.to(x.dtype), total.to(x.dtype)
+
+
+def _fake_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _fake_fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+
+
+def _fake_backward(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_fused_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, weight, _ = inputs
+    _, total, rstd = output
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_output: torch.Tensor | None, grad_sum: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, rstd = ctx.saved_tensors
+    # None: nothing depends on that result.
+    grad_output = torch.zeros_like(x) if grad_output is None else grad_output
+    grad_sum = None if grad_sum is None else rows_of(grad_sum)
+    return _rms_norm_backward(rows_of(grad_output), grad_sum, x, weight, rstd)
+
+
+def _rms_norm_grads(
+    ctx: Any, grad_output: torch.Tensor | None, _: None
+) -> tuple[torch.Tensor | None, ...]:
+    return *_backward(ctx, grad_output, None), None
+
+
+def _fused_add_rms_norm_grads(
+    ctx: Any,
+    grad_output: torch.Tensor | None,
+    grad_sum: torch.Tensor | None,
+    _: None,
+) -> tuple[torch.Tensor | None, ...]:
+    grad_x, grad_weight = _backward(ctx, grad_output, grad_sum)
+    return grad_x, grad_x, grad_weight, None
+
+
+_rms_norm_backward = define_op(
+    "rms_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor weight, "
+    "Tensor rstd) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    cuda=triton_kernels.rms_norm_backward,
+    backward=refuse_second_derivative,
+)
+_rms_norm = define_op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    fake=_fake_rms_norm,
+    cuda=triton_kernels.rms_norm,
+    setup_context=_setup_rms_norm,
+    backward=_rms_norm_grads,
+)
+_fused_add_rms_norm = define_op(
+    "fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_fused_add_rms_norm,
+    cuda=triton_kernels.fused_add_rms_norm,
+    setup_context=_setup_fused_add_rms_norm,
+    backward=_fused_add_rms_norm_grads,
+)
