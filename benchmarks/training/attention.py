@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from measure import Result, as_graph, forward_backward, medians
+from measure import Result, as_graph, forward_backward, medians, name_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm.model_executor.layers.training import TrainableAttention
@@ -80,7 +80,7 @@ def _dense(
     return Result(
         f"Causal attention, forward and backward{launched}",
         f"{batch}×{seq} tokens, {heads}/{kv_heads} heads of {head_size}, "
-        f"{_name(dtype)}",
+        f"{name_of(dtype)}",
         "ms",
         ours,
         times,
@@ -118,7 +118,7 @@ def _ragged(
     return Result(
         "Attention of ragged packed sequences",
         f"{2 * batch} sequences of {int(lengths.min())} to {longest} tokens, "
-        f"{heads}/{kv_heads} heads of {head_size}, {_name(dtype)}",
+        f"{heads}/{kv_heads} heads of {head_size}, {name_of(dtype)}",
         "ms",
         times["ours"],
         {"as many operations, dense": times["dense rate"] * work},
@@ -156,7 +156,3 @@ def _within(
             return function()
 
     return run
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

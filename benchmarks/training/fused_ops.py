@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import liger
 import torch
 import torch.nn.functional as F
-from measure import Result, as_graph, forward_backward, medians
+from measure import Result, as_graph, forward_backward, medians, name_of
 
 from vllm.model_executor.layers.training import (
     GeluAndMul,
@@ -125,7 +125,7 @@ def _cases(
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 
-    size = f"[{rows}, {hidden}] {str(dtype).removeprefix('torch.')}"
+    size = f"[{rows}, {hidden}] {name_of(dtype)}"
     norm = RMSNorm(hidden, params_dtype=dtype).to(device)
     weight = norm.weight
     yield Case(

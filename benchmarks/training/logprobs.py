@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import liger
 import torch
 import torch.nn.functional as F
-from measure import Result, dtypes_of_products, medians, peak_cuda_memory
+from measure import Result, dtypes_of_products, medians, name_of, peak_cuda_memory
 
 from vllm.model_executor.layers.training import token_logprobs
 
@@ -33,8 +33,7 @@ def _case(
         head.weight.normal_(std=hidden**-0.5)
     states = torch.randn(tokens, hidden, device=device, dtype=dtype).requires_grad_()
     targets = torch.randint(vocab, (tokens,), device=device)
-    size = f"{tokens} tokens × {vocab} vocabulary, hidden {hidden}, "
-    size += str(dtype).removeprefix("torch.")
+    size = f"{tokens} tokens × {vocab} vocabulary, hidden {hidden}, {name_of(dtype)}"
 
     def step(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(), (states, head.weight))

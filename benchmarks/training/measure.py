@@ -43,6 +43,11 @@ class Result:
         return asdict(self) | {"ratios": self.ratios}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtypes_of_products(device: torch.device) -> list[torch.dtype]:
     """In which dtypes what consists of matrix products is measured.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from measure import Result, dtypes_of_products, medians
+from measure import Result, dtypes_of_products, medians, name_of
 from torch_model import TorchModel
 
 from vllm.model_executor.layers.training import token_logprobs
@@ -39,7 +39,7 @@ def run(device: torch.device) -> Iterator[Result]:
         steps = {name: step(name, device, dtype) for name in ("ours", PEER)}
         times = medians(steps, device, seconds=10.0)
         batch, seq, _ = CUDA if cuda else CPU
-        case = f"{batch}×{seq} tokens, {str(dtype).removeprefix('torch.')}"
+        case = f"{batch}×{seq} tokens, {name_of(dtype)}"
         ours = times.pop("ours")
         rate = f"{batch * seq / ours * 1e3:.0f} tokens/s"
         target = {} if cuda else {PEER: 1.2}
@@ -80,7 +80,7 @@ def step(name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], ob
 
 def _peak_memory(name: str, dtype: torch.dtype) -> float:
     """MiB that gradients, optimizer state and a few steps add to a process."""
-    command = [sys.executable, __file__, name, str(dtype).removeprefix("torch.")]
+    command = [sys.executable, __file__, name, name_of(dtype)]
     result = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
     )

@@ -3,7 +3,10 @@
 """How the layers' tests judge accuracy and memory."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +112,27 @@ def _assert_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> No
 @pytest.fixture
 def assert_equal() -> Callable[..., None]:
     return _assert_equal
+
+
+def _run_on_two_ranks(checks: Path) -> None:
+    """The tests of a file pass in each of two processes under torchrun."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", "2", "-m", "pytest", "-q", "-x"),
+        *("-p", "no:cacheprovider", str(checks)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    assert report.count(" passed") == 2, report
+
+
+@pytest.fixture
+def run_on_two_ranks() -> Callable[[Path], None]:
+    return _run_on_two_ranks
 
 
 class LargestTensor(TorchDispatchMode):

@@ -3,9 +3,6 @@
 """The layers under what trainers put around a model, on a whole model."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -190,18 +187,6 @@ def test_mixed_weights_and_activations(model, packed, device):
         assert parameter.grad.ne(0).any(), name
 
 
-def test_two_data_parallel_ranks():
-    """DDP, FSDP2 and distributed checkpoints: `data_parallel_checks.py`."""
-    checks = Path(__file__).with_name("data_parallel_checks.py")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", "-m", "pytest", "-q", "-x"),
-        *("-p", "no:cacheprovider", str(checks)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
-    report = result.stdout + result.stderr
-    assert result.returncode == 0, report
-    assert report.count(" passed") == 2, report
+def test_two_data_parallel_ranks(run_on_two_ranks):
+    """DDP, FSDP2 and distributed checkpoints."""
+    run_on_two_ranks(Path(__file__).with_name("data_parallel_checks.py"))

@@ -88,11 +88,8 @@ def sequence_bounds(
         return cu_seqlens, max_seqlen
     else:
         batch, seq = 1, num_tokens
-    if max_seqlen is not None and max_seqlen < seq:
-        raise ValueError(
-            f"max_seqlen={max_seqlen}, but a sequence has {seq} tokens; give the "
-            "length of the longest sequence, or leave it out."
-        )
+    if max_seqlen is not None:
+        _check_max_seqlen(max_seqlen, seq)
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * seq, seq
 
 
@@ -110,10 +107,14 @@ def check_sequences(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) 
             f"cu_seqlens={_shorten(bounds)} does not describe {num_tokens} tokens; it "
             f"must start at 0, never decrease and end at {num_tokens}."
         )
-    if max(lengths, default=0) > max_seqlen:
+    _check_max_seqlen(max_seqlen, max(lengths, default=0))
+
+
+def _check_max_seqlen(max_seqlen: int, longest: int) -> None:
+    if longest > max_seqlen:
         raise ValueError(
-            f"max_seqlen={max_seqlen}, but a sequence has {max(lengths)} tokens; give "
-            "the length of the longest sequence, or leave it out."
+            f"max_seqlen={max_seqlen}, but a sequence has {longest} tokens; give the "
+            "length of the longest sequence, or leave it out."
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.training.ops.library import SUPPORTED_DTYPES
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
     local_from_full,
@@ -21,8 +22,6 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _skip_init: ContextVar[bool] = ContextVar("skip_init", default=False)
 

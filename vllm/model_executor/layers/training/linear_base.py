@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.ops.library import autocast_dtype
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class ParallelLinear(TrainingLayer):
                 f"{type(self).__name__} got an input on {x.device}, but its weight is "
                 f"on {weight.device}; move one to the other."
             )
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and not autocast:
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
             raise ValueError(
                 f"{type(self).__name__} got an input of {x.dtype}, but its weight is "
                 f"{weight.dtype}; cast one to the other's dtype, or use torch.autocast."

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.training.collectives import (
     gather_from_group,
 )
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
+from vllm.model_executor.layers.training.ops.library import autocast_dtype
 from vllm.model_executor.layers.training.ops.logprobs.op import token_logprobs_op
 from vllm.model_executor.layers.training.ops.logprobs.reference import (
     log_softmax,
@@ -213,9 +214,8 @@ def _inputs(
 ) -> tuple[torch.Tensor, _Head]:
     """Checked, and in autocast's dtype where that is on."""
     head = _Head.of(lm_head)
-    device = hidden_states.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(hidden_states)
+    if dtype is not None:
         hidden_states, head = hidden_states.to(dtype), head.to(dtype)
     hidden_size = head.weight.shape[1]
     if hidden_states.ndim not in (2, 3) or hidden_states.shape[-1] != hidden_size:

@@ -25,6 +25,8 @@ logger = init_logger(__name__)
 
 NAMESPACE = "vllm_training"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float64 is for checks, in plain torch.
+SUPPORTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _EXTENSION = Path(__file__).parents[4] / "_training_C.abi3.so"
@@ -57,6 +59,24 @@ def has_kernel(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu":
         return HAS_CPU_KERNELS
     return tensor.device.type == "cuda" and HAS_TRITON
+
+
+def described(**tensors: torch.Tensor | None) -> str:
+    """Dtypes, shapes and devices by name, for an error; None is left out."""
+    return ", ".join(
+        f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of a tensor where it is; None without autocast."""
+    device_type = tensor.device.type
+    # torch knows no autocast for the meta device, and raises.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

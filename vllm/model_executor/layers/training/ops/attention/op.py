@@ -12,13 +12,14 @@ import torch
 from vllm.model_executor.layers.training.attention_layout import check_sequences
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import (
-    SUPPORTED_DTYPES,
     Kernel,
     Request,
     check_name,
     choose,
 )
 from vllm.model_executor.layers.training.ops.library import (
+    SUPPORTED_DTYPES,
+    autocast_dtype,
     define_op,
     refuse_second_derivative,
 )
@@ -100,10 +101,9 @@ def attention(
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast as torch.autocast casts the inputs of torch's own attention."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

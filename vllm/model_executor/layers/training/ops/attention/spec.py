@@ -35,3 +35,10 @@ class AttentionSpec:
     def soft_cap(self) -> float:
         """The soft cap as kernels take it: 0 means none."""
         return self.logits_soft_cap or 0.0
+
+
+def window_sides(causal: bool, window: int) -> tuple[int | None, int | None]:
+    """How many keys before and after its own position a query sees; None: all."""
+    if not window:
+        return None, None
+    return window - 1, 0 if causal else window - 1

@@ -33,12 +33,12 @@ from vllm.model_executor.layers.training.ops.attention.triton_forward import (
 from vllm.model_executor.layers.training.ops.library import (
     HAS_CPU_KERNELS,
     KERNEL_DTYPES,
+    SUPPORTED_DTYPES,
 )
 from vllm.triton_utils import HAS_TRITON
 
 logger = init_logger(__name__)
 
-SUPPORTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 NO_ALIBI = frozenset({"non_causal", "sliding_window", "logits_soft_cap", "sinks"})

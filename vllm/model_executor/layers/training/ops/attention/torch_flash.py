@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm.model_executor.layers.training.ops.attention.spec import window_sides
+
 
 def forward(
     query: torch.Tensor,
@@ -21,6 +23,7 @@ def forward(
     soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward of torch's scaled_dot_product_attention, called by its name."""
+    left, right = window_sides(causal, window)
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -33,7 +36,8 @@ def forward(
         causal,
         False,
         scale=scale,
-        **_sides(causal, window),
+        window_size_left=left,
+        window_size_right=right,
     )
     return output, lse
 
@@ -54,6 +58,7 @@ def backward(
     soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its backward. Gradients of the query differ from run to run."""
+    left, right = window_sides(causal, window)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
         grad_output,
@@ -71,14 +76,6 @@ def backward(
         no_dropout,
         no_dropout,
         scale=scale,
-        **_sides(causal, window),
+        window_size_left=left,
+        window_size_right=right,
     )
-
-
-def _sides(causal: bool, window: int) -> dict[str, int]:
-    if not window:
-        return {}
-    return {
-        "window_size_left": window - 1,
-        "window_size_right": 0 if causal else window - 1,
-    }

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.ops.attention.spec import window_sides
 
 
 def forward(
@@ -29,7 +30,7 @@ def forward(
     One KV split: a row's bits do not depend on the batch, and contiguous keys give the
     bits of paged ones. It has no ALiBi.
     """
-    left, right = _sides(causal, window)
+    left, right = window_sides(causal, window)
     output, lse = upstream.flash_attention().flash_attn_varlen_func(
         query,
         key,
@@ -72,7 +73,7 @@ def backward(
 
     A sink is in lse, so the gradients of query, key and value need no more of it.
     """
-    left, right = _sides(causal, window)
+    left, right = window_sides(causal, window)
     return upstream.flash_attention_backward()(
         query,
         key,
@@ -91,10 +92,3 @@ def backward(
         max_seqlen_k=max_seqlen,
         deterministic=deterministic,
     )
-
-
-def _sides(causal: bool, window: int) -> tuple[int | None, int | None]:
-    """How many keys before and after its own position a query sees; None: all."""
-    if not window:
-        return None, None
-    return window - 1, 0 if causal else window - 1

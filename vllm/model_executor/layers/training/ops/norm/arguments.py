@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm.model_executor.layers.training.ops.library import described
+
 
 def check(
     name: str,
@@ -26,21 +28,17 @@ def check(
             not a floating-point one.
     """
     given = {"x": x, "residual": residual, **parameters}
-    tensors = {key: value for key, value in given.items() if value is not None}
+    tensors = [tensor for tensor in given.values() if tensor is not None]
     fits = (
         x.ndim > 0
         and (residual is None or residual.shape == x.shape)
         and all(p is None or p.shape == x.shape[-1:] for p in parameters.values())
-        and all(t.is_floating_point() for t in tensors.values())
-        and all(t.device == x.device for t in tensors.values())
+        and all(t.is_floating_point() for t in tensors)
+        and all(t.device == x.device for t in tensors)
     )
     if not fits:
-        described = ", ".join(
-            f"{key}: {t.dtype} {tuple(t.shape)} on {t.device}"
-            for key, t in tensors.items()
-        )
         raise ValueError(
-            f"{name} got {described}. It takes x [..., hidden_size], a residual of the "
-            "same shape, and weight and bias [hidden_size], all with floating-point "
-            "dtypes and on one device."
+            f"{name} got {described(**given)}. It takes x [..., hidden_size], a "
+            "residual of the same shape, and weight and bias [hidden_size], all with "
+            "floating-point dtypes and on one device."
         )

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import define_op, has_kernel
+from vllm.model_executor.layers.training.ops.library import (
+    define_op,
+    described,
+    has_kernel,
+)
 from vllm.model_executor.layers.training.ops.rotary import triton_kernels
 from vllm.model_executor.layers.training.ops.rotary.reference import (
     rotary_embedding_reference,
@@ -73,9 +77,6 @@ def _check(
     key: torch.Tensor,
     cos_sin_cache: torch.Tensor,
 ) -> None:
-    def describe(tensor: torch.Tensor) -> str:
-        return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-
     tensors = (positions, query, key, cos_sin_cache)
     fits = (
         positions.dtype in (torch.int32, torch.int64)
@@ -89,8 +90,9 @@ def _check(
         and cos_sin_cache.shape[1] > 0 == cos_sin_cache.shape[1] % 2
     )
     if not fits:
-        names = ("positions", "query", "key", "cos_sin_cache")
-        given = ", ".join(f"{n}: {describe(t)}" for n, t in zip(names, tensors))
+        given = described(
+            positions=positions, query=query, key=key, cos_sin_cache=cos_sin_cache
+        )
         raise ValueError(
             f"rotary_embedding got {given}. It takes positions int32 or int64 "
             "[num_tokens], query [num_tokens, num_heads, head_size] and key "
