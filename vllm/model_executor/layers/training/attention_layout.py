@@ -90,7 +90,12 @@ def sequence_bounds(
         batch, seq = 1, num_tokens
     if max_seqlen is not None:
         _check_max_seqlen(max_seqlen, seq)
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seq, seq
+    if not seq:
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device), 0
+    bounds = torch.arange(
+        0, batch * seq + 1, seq, dtype=torch.int32, device=device
+    )  # One kernel.
+    return bounds, seq
 
 
 def check_sequences(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> None:
