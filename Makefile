@@ -15,12 +15,14 @@ export DO_NOT_TRACK := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-upstream bench lint docs clean
+.PHONY: help setup demo test test-upstream parity parity-gpu bench lint docs clean
 
 help:
 	@echo "make setup          .venv with the patched vLLM"
 	@echo "make demo           train, serve and compare on real text"
 	@echo "make test           the test-suite"
+	@echo "make parity         trainer and engine bit for bit, in build/parity"
+	@echo "make parity-gpu     the same on a GPU, with a model of 1B parameters"
 	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
 	@echo "make bench          the training layers against their peers, on an idle machine"
 	@echo "make lint           style, types and licence headers"
@@ -62,6 +64,15 @@ test: setup
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py
+
+parity: setup
+	$(PY) -m pytest -q tests/parity --parity-report build/parity
+
+# The same tests, which find the GPU; there the large model is among them.
+parity-gpu: setup
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make parity-gpu needs a CUDA device and finds none" >&2; exit 1; }
+	$(PY) -m pytest -q tests/parity --parity-report build/parity-gpu
 
 bench: setup
 	$(PY) benchmarks/training/run.py

@@ -45,9 +45,11 @@ class ParallelContext:
         dp_group: group for data-parallel collectives, None when dp_size is 1.
         tp_reduction_shards: the number of partial products that a row-parallel
             output is the ordered sum of (RFC.md, numerics contract, e). It is tp_size
-            by default; a trainer with a smaller tensor-parallel size will reproduce
-            the arithmetic of an engine with a larger one by naming the engine's size
-            here. A multiple of tp_size; layers refuse others than tp_size so far.
+            by default; a trainer with a smaller tensor-parallel size reproduces the
+            arithmetic of an engine with a larger one by naming the engine's size
+            here. An engine takes it from `additional_config`:
+            LLM(..., additional_config={"tp_reduction_shards": n}). A multiple of
+            tp_size.
     """
 
     tp_rank: int = 0
@@ -133,6 +135,10 @@ class ParallelContext:
             axes[f"{axis}_rank"] = group.rank_in_group
             axes[f"{axis}_size"] = group.world_size
             axes[f"{axis}_group"] = group.device_group if group.world_size > 1 else None
+        config = upstream.get_current_vllm_config_or_none()
+        additional = {} if config is None else config.additional_config
+        if isinstance(additional, dict) and "tp_reduction_shards" in additional:
+            axes["tp_reduction_shards"] = additional["tp_reduction_shards"]
         world = upstream.get_world_group()
         return cls(
             rank=world.rank,

@@ -8,14 +8,23 @@ Modules of the project write `from vllm.model_executor import upstream` and
 modules below may import that one.
 
     Attention: what TrainableAttention runs inside the engine.
-    flash_attention, flash_attention_backward, cpu_attention: the engine's attention
-        kernels, which the trainer calls too. Imported when they are first used.
+    flash_attention, flash_attention_backward, triton_attention, cpu_attention: the
+        engine's attention kernels, which the trainer calls too. Imported when they are
+        first used.
+    batch_invariant_kernels: vLLM's batch-invariant kernels for CUDA. Imported when they
+        are first used.
+    gpu_sampler: the CUDA engine's kernels from logits to logprobs. Imported when they
+        are first used.
+    onednn: the CPU engine's matrix products. Imported when they are first used.
     has_alibi: whether an Attention's backend reads its ALiBi slopes.
     ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
         RowParallelLinear: what our linears become inside the engine.
+    UnquantizedLinearMethod: how they create and multiply their weights.
+    tensor_model_parallel_all_gather: of the engine's tensor-parallel group.
     ParallelLMHead, VocabParallelEmbedding: what our embedding and head become.
     DEFAULT_VOCAB_PADDING_SIZE, pad_vocab_size: rows of a tensor-parallel vocabulary.
-    VllmConfig, set_current_vllm_config: vLLM's group set-up reads the current config.
+    VllmConfig, set_current_vllm_config, get_current_vllm_config_or_none: vLLM's group
+        set-up reads the current config.
     current_platform: device type and collective backend of this machine.
     init_distributed_environment, initialize_model_parallel,
         model_parallel_is_initialized, get_world_group, get_tp_group, get_pp_group,
@@ -37,7 +46,12 @@ from typing import Any
 import torch
 
 from vllm import envs
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config_or_none,
+    set_current_vllm_config,
+)
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
     destroy_model_parallel,
@@ -55,6 +69,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -102,6 +117,14 @@ def flash_attention_backward() -> Callable[..., Any]:
 
 
 @functools.cache
+def triton_attention() -> Callable[..., None]:
+    """The kernel of the TRITON_ATTN backend, on a paged KV cache; CUDA only."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    return unified_attention
+
+
+@functools.cache
 def cpu_attention() -> SimpleNamespace:
     """The CPU engine's attention.
 
@@ -122,6 +145,51 @@ def cpu_attention() -> SimpleNamespace:
         isa=cpu_attn._get_attn_isa,
         head_sizes=cpu_attn.CPUAttentionBackend.get_supported_head_sizes(),
         split_kv=lambda: envs.VLLM_CPU_ATTN_SPLIT_KV,
+    )
+
+
+@functools.cache
+def batch_invariant_kernels() -> ModuleType:
+    """vLLM's batch-invariant kernels, with `matmul_persistent`; CUDA only."""
+    from vllm.model_executor.determinism import batch_invariant
+
+    return batch_invariant
+
+
+@functools.cache
+def gpu_sampler() -> SimpleNamespace:
+    """Kernels of the sampler on CUDA: of model runner V2, which is vLLM's default.
+
+    Attributes:
+        apply_temperature: called with (fp32 logits to divide in place, the request of
+            each row, the requests' temperatures).
+        compute_token_logprobs: called with (logits, token ids of each row).
+    """
+    from vllm.v1.worker.gpu.sample import gumbel, logprob
+
+    return SimpleNamespace(
+        apply_temperature=gumbel.apply_temperature,
+        compute_token_logprobs=logprob.compute_token_logprobs,
+    )
+
+
+@functools.cache
+def onednn() -> SimpleNamespace:
+    """Matrix products of vLLM's build for CPU.
+
+    Attributes:
+        is_built: whether this build has them.
+        pack: makes a handler of a transposed weight, shape = [K, N].
+        multiply: called with (output, x, bias, the handler's handler_tensor).
+    """
+    from vllm import _custom_ops
+
+    current_platform.import_kernels()
+    is_built = hasattr(torch.ops._C, "create_onednn_mm_handler")
+    return SimpleNamespace(
+        is_built=is_built,
+        pack=_custom_ops.create_onednn_mm,
+        multiply=torch.ops._C.onednn_mm if is_built else None,
     )
 
 
@@ -153,8 +221,10 @@ __all__ = [
     "ParallelLMHead",
     "QKVParallelLinear",
     "RowParallelLinear",
+    "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
+    "batch_invariant_kernels",
     "cpu_attention",
     "current_platform",
     "destroy_distributed_environment",
@@ -162,14 +232,19 @@ __all__ = [
     "finalize_layerwise_reload",
     "flash_attention",
     "flash_attention_backward",
+    "get_current_vllm_config_or_none",
     "get_dp_group",
     "get_pp_group",
     "get_tp_group",
     "get_world_group",
+    "gpu_sampler",
     "has_alibi",
     "init_distributed_environment",
     "initialize_model_parallel",
     "model_parallel_is_initialized",
+    "onednn",
     "pad_vocab_size",
     "set_current_vllm_config",
+    "tensor_model_parallel_all_gather",
+    "triton_attention",
 ]

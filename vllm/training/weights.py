@@ -30,6 +30,7 @@ from vllm.model_executor.layers.training.sharding import (
     take_shard,
 )
 from vllm.training.files import whole_file
+from vllm.training.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -228,6 +229,10 @@ class EngineLoader:
         layout: The layout from before binding; names are the same.
         model_config: The engine's; None outside of an engine.
         complete: Whether the first load has to bring every tensor.
+
+    Attributes:
+        fingerprints: Of each tensor that was loaded, in its parameter's dtype, by
+            its name in the layout; for `vllm.training.parity`.
     """
 
     def __init__(
@@ -241,6 +246,11 @@ class EngineLoader:
         self.layout = layout
         self.model_config = model_config
         self.complete = complete
+        self.fingerprints: dict[str, str] = {}
+        self._names = {
+            (tensor.parameter, tensor.parts[0]): name
+            for name, tensor in layout.tensors.items()
+        }
         _add_weight_loaders(model, layout)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -272,6 +282,10 @@ class EngineLoader:
             raise
         return self._put(LayoutCheck(self.layout), weights)
 
+    def never_loaded(self) -> list[str]:
+        """Names of the layout's tensors that no load has brought."""
+        return [name for name in self.layout.tensors if name not in self.fingerprints]
+
     def _put(
         self, check: LayoutCheck, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> set[str]:
@@ -298,8 +312,22 @@ class EngineLoader:
                 for part, piece in entry.pieces(tensor):
                     shard_id = () if part.shard_id is None else (part.shard_id,)
                     load(target, piece, *shard_id)
+            if entry.parameter in targets:
+                self._record(entry, tensor, targets[entry.parameter])
             loaded.add(entry.parameter)
         return loaded
+
+    def _record(
+        self, entry: CheckpointTensor, tensor: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Note the fingerprints of what was loaded into a parameter."""
+        device = None if target.is_meta else target.device
+        named = {entry.parameter: tensor}
+        if entry.parameter in self.layout.fused:
+            parts = entry.pieces(tensor)
+            named = {self._names[entry.parameter, part]: piece for part, piece in parts}
+        for name, piece in named.items():
+            self.fingerprints[name] = fingerprint(piece.to(target.dtype), device)
 
     def _abandon_reload(self) -> None:
         """Give the modules back the weights they had before vLLM began to reload."""

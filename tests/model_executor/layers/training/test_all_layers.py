@@ -40,7 +40,7 @@ def x(*shape, dtype):
 
 
 def qkv(dtype):
-    return tuple(x(TOKENS, 2, 16, dtype=dtype) for _ in range(3))
+    return tuple(x(TOKENS, 2, 32, dtype=dtype) for _ in range(3))
 
 
 def positions():
@@ -90,20 +90,20 @@ LAYERS = {
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
     RotaryEmbedding: (
-        lambda dtype: RotaryEmbedding(16, max_position_embeddings=TOKENS),
+        lambda dtype: RotaryEmbedding(32, max_position_embeddings=TOKENS),
         lambda dtype: (positions(), *qkv(dtype)[:2]),
     ),
     TrainableAttention: (
-        lambda dtype: TrainableAttention(2, 16, sinks=True, params_dtype=dtype),
+        lambda dtype: TrainableAttention(2, 32, sinks=True, params_dtype=dtype),
         lambda dtype: qkv(dtype),
     ),
     VLLMFlashAttention: (
         lambda dtype: VLLMFlashAttention(
             SIZE,
             2,
-            head_dim=16,
+            head_dim=32,
             bias=True,
-            rotary=RotaryEmbedding(16),
+            rotary=RotaryEmbedding(32),
             params_dtype=dtype,
         ),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype), positions()),

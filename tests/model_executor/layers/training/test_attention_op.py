@@ -177,7 +177,7 @@ def test_every_implementation_is_accurate(
 
 def test_every_implementation_of_this_device_is_tested():
     tested = {case.values[0] for case in cases()}
-    on_cpu, on_cuda = {"cpu", "vllm_cpu"}, {"triton", "torch_flash"}
+    on_cpu, on_cuda = {"cpu", "vllm_cpu"}, {"triton", "torch_flash", "vllm_triton"}
     assert tested >= {"reference"} | (on_cpu if DEVICE == "cpu" else on_cuda)
 
 

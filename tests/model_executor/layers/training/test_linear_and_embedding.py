@@ -241,10 +241,35 @@ def test_a_collective_without_a_group_says_what_is_missing(second_of_two):
         column(torch.zeros(2, 4))
 
 
-def test_reduction_shards_are_refused_rather_than_ignored():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reduction_shards_are_summed_in_order_and_rounded_once(dtype, assert_equal):
     context = ParallelContext(tp_reduction_shards=4)
-    with pytest.raises(ValueError, match="tp_reduction_shards=4 with tp_size=1 is not"):
-        RowParallelLinear(8, 8, parallel_context=context)
+    row = RowParallelLinear(32, 8, params_dtype=dtype, parallel_context=context)
+    x = torch.randn(5, 32, dtype=dtype, requires_grad=True)
+    output = row(x)
+
+    first, *others = zip(x.chunk(4, -1), row.weight.chunk(4, -1), strict=True)
+    expected = F.linear(*first, row.bias).float()
+    for part, weight in others:
+        expected = expected + F.linear(part, weight)
+    assert_equal("output", output, expected.to(dtype))
+
+    grad = torch.randn_like(output)
+    grads = torch.autograd.grad(output, (x, row.weight, row.bias), grad)
+    whole = F.linear(x, row.weight, row.bias)
+    expected_grads = torch.autograd.grad(whole, (x, row.weight, row.bias), grad)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_reduction_shards_that_do_not_fit_are_refused():
+    context = ParallelContext(tp_reduction_shards=4)
+    with pytest.raises(ValueError, match="input_size=10 .*tp_reduction_shards=4"):
+        RowParallelLinear(10, 8, parallel_context=context)
+    with pytest.raises(ValueError, match="reduce_results=False with tp_reduction_sh"):
+        RowParallelLinear(
+            8, 8, bias=False, reduce_results=False, parallel_context=context
+        )
 
 
 @pytest.mark.parametrize("name", ["column", "row", "merged", "qkv"])

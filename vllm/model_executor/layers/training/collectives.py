@@ -9,6 +9,7 @@ function               forward                 backward
 =====================  ======================  =======================
 copy_to_group          identity                sum over ranks
 reduce_from_group      sum over ranks          identity
+sum_parts_from_group   ordered sum of parts    identity, to each part
 gather_from_group      concatenate last dim    take this rank's slice
 split_to_group         take this rank's slice  concatenate last dim
 =====================  ======================  =======================
@@ -22,6 +23,7 @@ With `context.tp_size == 1` each is the identity and communicates nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -54,6 +57,26 @@ def reduce_from_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor
     if context.tp_size == 1:
         return x
     return _Reduce.apply(x, context.group("tp"))
+
+
+def sum_parts_from_group(
+    parts: Sequence[torch.Tensor], context: ParallelContext
+) -> torch.Tensor:
+    """Add up all ranks' parts in rank order, in fp32, rounded once.
+
+    The bits depend on the parts alone: not on their shape or on how many of them a rank
+    holds.
+
+    Args:
+        parts: this rank's, of one shape, equally many on each rank.
+        context: names the tensor-parallel group.
+
+    Returns:
+        shape and dtype of a part.
+    """
+    if len(parts) == 1 and context.tp_size == 1:
+        return parts[0]
+    return _SumParts.apply(context.group("tp") if context.tp_size > 1 else None, *parts)
 
 
 def gather_from_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
@@ -147,6 +170,24 @@ class _Reduce(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
+
+
+class _SumParts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: ProcessGroup | None, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.count = len(parts)
+        own = torch.stack(parts)
+        if group is None:
+            return ordered_sum(own)
+        gathered = own.new_empty(group.size() * len(parts), *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        return ordered_sum(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *[grad] * ctx.count
 
 
 class _Gather(Function):

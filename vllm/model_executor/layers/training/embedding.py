@@ -25,6 +25,7 @@ from vllm.model_executor.layers.training.collectives import (
     gather_from_group,
     reduce_from_group,
 )
+from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -238,7 +239,7 @@ class ParallelLMHead(_VocabParallel):
                 f"{self.embedding_dim}."
             )
         hidden_states = copy_to_group(hidden_states, self.parallel_context)
-        logits = F.linear(hidden_states, self.weight, self.bias)
+        logits = linear(hidden_states, self.weight, self.bias)
         logits = gather_from_group(logits, self.parallel_context)
         return logits[..., : self.num_embeddings]
 

@@ -13,17 +13,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.collectives import (
     copy_to_group,
     gather_from_group,
     reduce_from_group,
     split_to_group,
+    sum_parts_from_group,
 )
 from vllm.model_executor.layers.training.linear_base import LinearOutput, ParallelLinear
+from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -97,7 +99,7 @@ class ColumnParallelLinear(ParallelLinear):
         """
         self._check_input(x, self.input_size)
         x = copy_to_group(x, self.parallel_context)
-        output = F.linear(x, *self._effective_parameters())
+        output = linear(x, *self._effective_parameters())
         if self.gather_output:
             output = gather_from_group(output, self.parallel_context)
         return self._finish(output)
@@ -136,8 +138,8 @@ class RowParallelLinear(ParallelLinear):
         bias: shape = [output_size] or None
 
     Raises:
-        ValueError: the ranks do not divide input_size, a bias without a sum, or
-            tp_reduction_shards other than tp_size.
+        ValueError: the ranks or tp_reduction_shards do not divide input_size, or a
+            bias or several products a rank without a sum.
     """
 
     def __init__(
@@ -157,10 +159,17 @@ class RowParallelLinear(ParallelLinear):
         )
         self._check_divisible("input_size", input_size)
         shards = self.parallel_context.tp_reduction_shards
-        if shards != self.tp_size:
+        if input_size % shards:
             raise ValueError(
-                f"tp_reduction_shards={shards} with tp_size={self.tp_size} is not "
-                "supported yet; leave it out, which sums one product per rank."
+                f"input_size={input_size} of RowParallelLinear is not divisible by "
+                f"tp_reduction_shards={shards}; choose a number that divides it."
+            )
+        self.num_products = shards // self.tp_size
+        if self.num_products > 1 and not reduce_results:
+            raise ValueError(
+                f"reduce_results=False with tp_reduction_shards={shards} and "
+                f"tp_size={self.tp_size}: a rank has several products, which are "
+                "added up with those of all ranks. Use reduce_results=True."
             )
         if bias and not reduce_results:
             raise ValueError(
@@ -201,21 +210,33 @@ class RowParallelLinear(ParallelLinear):
         else:
             self._check_input(x, self.input_size)
             x = split_to_group(x, self.parallel_context)
-        output = F.linear(x, self.weight, self.bias if self.tp_rank == 0 else None)
+        bias = self.bias if self.tp_rank == 0 else None
+        weights = self.weight.chunk(self.num_products, 1)
+        first, *others = zip(x.chunk(self.num_products, -1), weights, strict=True)
+        products = [linear(*first, bias), *(linear(*other) for other in others)]
         if self.has_bias and self.tp_rank > 0:
-            output = _BiasGradient.apply(output, self.bias)
-        if self.reduce_results:
-            output = reduce_from_group(output, self.parallel_context)
+            products[0] = _BiasGradient.apply(products[0], self.bias)
+        if not self.reduce_results:
+            output = products[0]
+        elif self.num_products > 1 or is_batch_invariant():
+            output = sum_parts_from_group(products, self.parallel_context)
+        else:
+            output = reduce_from_group(products[0], self.parallel_context)
         return self._finish(output)
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return upstream.RowParallelLinear(
-            self.input_size,
-            self.output_size,
-            input_is_parallel=self.input_is_parallel,
-            reduce_results=self.reduce_results,
-            **self._engine_arguments(vllm_config, prefix),
+        options = self._engine_arguments(vllm_config, prefix)
+        options["input_is_parallel"] = self.input_is_parallel
+        sizes = self.input_size, self.output_size
+        if self.num_products == 1:
+            return upstream.RowParallelLinear(
+                *sizes, reduce_results=self.reduce_results, **options
+            )
+        from vllm.model_executor.layers.training.engine_linear import (
+            ShardedRowParallelLinear,
         )
+
+        return ShardedRowParallelLinear(*sizes, num_shards=self.num_products, **options)
 
 
 class _BiasGradient(torch.autograd.Function):

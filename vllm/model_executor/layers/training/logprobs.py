@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -19,11 +18,9 @@ from vllm.model_executor.layers.training.collectives import (
 )
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 from vllm.model_executor.layers.training.ops.library import autocast_dtype
+from vllm.model_executor.layers.training.ops.linear.op import linear
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import logprobs_of
 from vllm.model_executor.layers.training.ops.logprobs.op import token_logprobs_op
-from vllm.model_executor.layers.training.ops.logprobs.reference import (
-    log_softmax,
-    tempered,
-)
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -141,9 +138,9 @@ def full_logprobs(
     """
     hidden_states, head = _inputs(hidden_states, lm_head, temperature)
     hidden_states = copy_to_group(hidden_states, head.context)
-    logits = F.linear(hidden_states, head.weight, head.bias)
+    logits = linear(hidden_states, head.weight, head.bias)
     logits = gather_from_group(logits, head.context)[..., : head.vocab_size]
-    return log_softmax(tempered(logits, temperature))
+    return logprobs_of(logits, temperature)
 
 
 @dataclass(frozen=True, eq=False)

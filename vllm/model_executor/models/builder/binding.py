@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def bind_engine_layers(
     Parallel linears and embeddings become vLLM's own (their parameters keep their
     names), attention gets a KV cache under its module path. Attention that is
     already bound stays as it is, and so do a user's subclasses of other layers,
-    which run their own forward. Parameters that were tied stay tied.
+    which run their own forward. Parameters that were tied stay tied. In
+    batch-invariant mode the kernels for the model's shapes are probed before.
 
     Args:
         module: Built inside an engine process; changed in place.
@@ -40,7 +42,13 @@ def bind_engine_layers(
     Raises:
         ValueError: One attention layer is used in two places, which would share
             one KV cache.
+        BatchInvarianceError: A kernel's results depend on the batch on this machine,
+            in batch-invariant mode.
     """
+    if is_batch_invariant():
+        from vllm.training.parity.self_check import self_check_engine
+
+        self_check_engine(module, vllm_config)
     tied = _tied_parameters(module)
     replacements: dict[int, nn.Module] = {}
     attention_paths: dict[int, str] = {}

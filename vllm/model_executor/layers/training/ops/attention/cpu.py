@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import upstream
+from vllm.model_executor.determinism.batch_invariant_cpu import cut_requests
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 
 PAGE_SIZE = 128
 
@@ -87,8 +89,9 @@ def forward_vllm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The engine's kernel, on a KV cache filled from the packed keys and values.
 
-    Each sequence is a request whose whole prompt is computed in one step. The engine's
-    kernel does not return lse, which our own computes.
+    Each sequence is a request whose whole prompt is computed in one step, in
+    batch-invariant mode cut into pieces as the engine cuts it. The engine's kernel does
+    not return lse, which our own computes.
     """
     vllm = upstream.cpu_attention()
     num_heads, head_size = query.shape[1:]
@@ -105,6 +108,13 @@ def forward_vllm(
     cache = query.new_zeros(num_pages, num_kv_heads, 2 * PAGE_SIZE, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
     vllm.ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+    split_kv = vllm.split_kv()
+    if is_batch_invariant():
+        pieces = cut_requests(
+            bounds, lengths, block_table, causal, num_heads, num_kv_heads
+        )
+        _, bounds, lengths, block_table, _ = pieces
+        split_kv = False
     metadata = vllm.ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(lengths),
         num_heads=num_heads,
@@ -116,7 +126,7 @@ def forward_vllm(
         causal=causal,
         sliding_window_size=window or -1,
         isa=isa,
-        enable_kv_split=vllm.split_kv(),
+        enable_kv_split=split_kv,
     )
     output = query.new_empty(query.shape)
     vllm.ops.cpu_attention_with_kv_cache(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm.model_executor.layers.training.attention_layout import check_sequences
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import (
     Kernel,
@@ -44,8 +45,9 @@ def attention(
 ) -> torch.Tensor:
     """Attention within each of several packed sequences, with a backward.
 
-    Under autocast query, key and value are cast to its dtype. Sinks are rounded to the
-    query's dtype, in which a model of that dtype holds them.
+    Under autocast query, key and value are cast to its dtype. In batch-invariant mode
+    the output has the bits of the engine in that mode (fp64, for checks, has not).
+    Sinks are rounded to the query's dtype, in which a model of that dtype holds them.
 
     Args:
         query: shape = [num_tokens, num_heads, head_size]
@@ -95,6 +97,7 @@ def attention(
         spec.soft_cap,
         implementation or "",
         deterministic or torch.are_deterministic_algorithms_enabled(),
+        is_batch_invariant() and query.dtype != torch.float64,
     )
     return output
 
@@ -184,6 +187,7 @@ def _choose(
     features: tuple[float, bool, int, float],
     implementation: str,
     deterministic: bool,
+    batch_invariant: bool,
 ) -> tuple[Kernel, Kernel]:
     _, causal, window, soft_cap = features
     used = {
@@ -202,6 +206,7 @@ def _choose(
         query.shape[2],
         tuple(name for name, is_used in used.items() if is_used),
         deterministic,
+        batch_invariant,
     )
     return _cached_choice(request, implementation)
 
@@ -220,12 +225,19 @@ def _forward(
     soft_cap: float,
     implementation: str,
     deterministic: bool,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not query.is_cuda:
         check_sequences(cu_seqlens, query.shape[0], max_seqlen)
     features = scale, causal, window, soft_cap
     kernel, _ = _choose(
-        query, sinks, alibi_slopes, features, implementation, deterministic
+        query,
+        sinks,
+        alibi_slopes,
+        features,
+        implementation,
+        deterministic,
+        batch_invariant,
     )
     if not query.numel():
         return _fake(query)
@@ -251,10 +263,17 @@ def _backward(
     soft_cap: float,
     implementation: str,
     deterministic: bool,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     features = scale, causal, window, soft_cap
     _, kernel = _choose(
-        query, sinks, alibi_slopes, features, implementation, deterministic
+        query,
+        sinks,
+        alibi_slopes,
+        features,
+        implementation,
+        deterministic,
+        batch_invariant,
     )
     if not query.numel():
         return _fake_backward(grad_output, query, key, value)
@@ -349,7 +368,8 @@ _attention_backward = define_op(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
     "Tensor output, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, Tensor? sinks, "
     "Tensor? alibi_slopes, float scale, bool causal, int window, float soft_cap, "
-    "str implementation, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "str implementation, bool deterministic, bool batch_invariant) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
@@ -358,8 +378,8 @@ _attention_backward = define_op(
 _attention = define_op(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, "
     "SymInt max_seqlen, Tensor? sinks, Tensor? alibi_slopes, float scale, bool causal, "
-    "int window, float soft_cap, str implementation, bool deterministic) "
-    "-> (Tensor output, Tensor lse)",
+    "int window, float soft_cap, str implementation, bool deterministic, "
+    "bool batch_invariant) -> (Tensor output, Tensor lse)",
     fake=_fake,
     cpu=_forward,
     cuda=_forward,

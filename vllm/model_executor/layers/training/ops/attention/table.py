@@ -23,6 +23,7 @@ from vllm.model_executor.layers.training.ops.attention import (
     reference,
     torch_flash,
     vllm_flash,
+    vllm_triton,
 )
 from vllm.model_executor.layers.training.ops.attention.triton_backward import (
     attention_backward_triton,
@@ -58,6 +59,7 @@ class Request(NamedTuple):
         head_size: size of a head.
         features: those of ALL_FEATURES that it has.
         deterministic: gradients must be equal bit for bit from run to run.
+        batch_invariant: the output must have the bits of a batch-invariant engine.
     """
 
     device_type: str
@@ -67,6 +69,7 @@ class Request(NamedTuple):
     head_size: int
     features: tuple[str, ...]
     deterministic: bool
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         device = self.device_type
@@ -75,6 +78,8 @@ class Request(NamedTuple):
         parts = [str(self.dtype), f"head_size={self.head_size}", *self.features]
         if self.deterministic:
             parts.append("deterministic")
+        if self.batch_invariant:
+            parts.append("batch_invariant")
         return f"{', '.join(parts)} on {device}"
 
 
@@ -93,6 +98,7 @@ class Kernel:
         head_size_multiple: what head sizes are multiples of.
         deterministic: it gives the same bits in each run; None: if told so by its
             argument of that name.
+        batch_invariant: of a forward: an engine's backend has its bits.
         limit: says why it cannot compute a request for a reason of its own.
     """
 
@@ -104,6 +110,7 @@ class Kernel:
     max_head_size: int | None = 256
     head_size_multiple: int = 1
     deterministic: bool | None = True
+    batch_invariant: bool = False
     limit: Callable[[Request], str | None] = lambda request: None
 
     def objection(self, request: Request) -> str | None:
@@ -175,6 +182,19 @@ def _limit_triton(request: Request) -> str | None:
     return None if HAS_TRITON else "needs triton, which is not installed"
 
 
+def _limit_vllm_triton(request: Request) -> str | None:
+    if request.head_size < 32:
+        return "takes heads of at least 32"
+    # There the engine's kernel visits more keys at a time in prefill than in decode.
+    if request.head_size == 256 and request.capability[0] == 10:
+        return "takes no heads of 256 on sm10x"
+    # A query that sees no key of the first tile that its block visits starts its
+    # maximum at 0, a sink apart, and what a block is depends on the engine's step.
+    if "sliding_window" in request.features and "sinks" not in request.features:
+        return "takes a sliding_window only with sinks"
+    return _limit_triton(request)
+
+
 def _limit_cpu(request: Request) -> str | None:
     return None if HAS_CPU_KERNELS else "needs the extension, which is not built"
 
@@ -205,6 +225,7 @@ FORWARDS = {
     "fa3": _flash(
         functools.partial(vllm_flash.forward, version=3),
         capabilities=(9,),
+        batch_invariant=True,
         limit=_limit_fa3,
     ),
     "fa4": _flash(
@@ -214,9 +235,19 @@ FORWARDS = {
     ),
     "torch_flash": _torch_flash(torch_flash.forward),
     "triton": _triton(attention_forward_triton),
+    # Its products of fp32 are in TF32.
+    "vllm_triton": Kernel(
+        vllm_triton.forward,
+        features=NO_ALIBI - {"non_causal"},
+        batch_invariant=True,
+        limit=_limit_vllm_triton,
+    ),
     "cpu": _cpu(cpu.forward, limit=_limit_cpu),
     "vllm_cpu": _cpu(
-        cpu.forward_vllm, features=ALL_FEATURES - {"non_causal"}, limit=_limit_vllm_cpu
+        cpu.forward_vllm,
+        features=ALL_FEATURES - {"non_causal"},
+        batch_invariant=True,
+        limit=_limit_vllm_cpu,
     ),
     "reference": _reference(reference.forward),
 }
@@ -233,14 +264,16 @@ BACKWARDS = {
     "reference": _reference(reference.backward),
 }
 
-# Name: forward and backward. The first that can is the default; vllm_cpu, whose bits
-# are the engine's, is there to be chosen by name.
+# Name: forward and backward. The first that can is the default. fa3, fa3_triton,
+# vllm_triton and vllm_cpu have the bits of a batch-invariant engine and are all that
+# its mode takes.
 IMPLEMENTATIONS = {
     "fa3": ("fa3", "fa4"),
     "fa4": ("fa4", "fa4"),
     "fa3_triton": ("fa3", "triton"),
     "torch_flash": ("torch_flash", "torch_flash"),
     "triton": ("triton", "triton"),
+    "vllm_triton": ("vllm_triton", "triton"),
     "cpu": ("cpu", "cpu"),
     "vllm_cpu": ("vllm_cpu", "cpu"),
     "reference": ("reference", "reference"),
@@ -291,6 +324,8 @@ def objections(name: str, request: Request) -> list[str]:
         f"the forward {forward!r}": FORWARDS[forward].objection(request),
         f"the backward {backward!r}": BACKWARDS[backward].objection(request),
     }
+    if request.batch_invariant and not FORWARDS[forward].batch_invariant:
+        reasons["its output"] = "has not the bits of the engine"
     return [f"{kernel} {reason}" for kernel, reason in reasons.items() if reason]
 
 

@@ -29,14 +29,19 @@ from vllm.model_executor.layers.training.ops.library import (
     has_kernel,
     refuse_second_derivative,
 )
+from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.ops.logprobs.blocks import Blocks, ranges
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+    log_softmax,
+    logprobs_at,
+    tempered,
+    uses_samplers_kernels,
+)
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
     logits_gradient,
 )
 from vllm.model_executor.layers.training.ops.logprobs.reference import (
     entropy_reference,
-    log_softmax,
-    tempered,
 )
 from vllm.model_executor.layers.training.ops.logprobs.triton_kernels import (
     entropy_of_rows,
@@ -123,16 +128,24 @@ def _forward(
     keeps_logits = for_backward and _fits_one_block(hidden, vocab_size)
     kept = hidden.new_empty(0, len(weight))
     blocks = _blocks(hidden)
+    # The sampler's kernels give a token's logprob without those of the vocabulary.
+    at_targets_only = uses_samplers_kernels(hidden) and not with_entropy
     for rows in ranges(len(hidden), blocks.tokens_in_forward(vocab_size)):
-        local = F.linear(hidden[rows], weight, bias)
+        local = linear(hidden[rows], weight, bias)
         if keeps_logits:
             kept = local
         all_logits = _gather_vocab(local, tp_group)[:, :vocab_size]
-        for some in ranges(len(local), blocks.log_softmax // vocab_size):
+        at_once = len(local) if at_targets_only else blocks.log_softmax // vocab_size
+        for some in ranges(len(local), at_once):
             logits = tempered(all_logits[some], temperature)
-            of_vocab = log_softmax(logits)
             here = slice(rows.start + some.start, rows.start + some.stop)
             index = targets[here].unsqueeze(1)
+            if at_targets_only:
+                logprobs[here] = logprobs_at(logits, index).squeeze(1)
+                if for_backward:
+                    lse[here] = lse_of_rows(logits)
+                continue
+            of_vocab = log_softmax(logits)
             logprobs[here] = of_vocab.gather(1, index).squeeze(1)
             if with_entropy:
                 entropy[here] = _entropy_of_rows(of_vocab)

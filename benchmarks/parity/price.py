@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What batch-invariant mode costs: engine and trainer with it and without.
+
+The engine serves the same requests in both modes, each in a process of its own that
+starts with or without VLLM_BATCH_INVARIANT, in turns; the trainer runs forward and
+backward of the same batch in turns in one process. On CUDA the model has 1.7 B
+parameters and bf16, on CPU it is the demo's in fp32.
+
+    python benchmarks/parity/price.py [--out build/bench] [--only engine trainer]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import torch
+from environment import environment
+from measure import medians
+
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerConfig,
+    GenericTransformerForCausalLM,
+)
+from vllm.training.files import whole_file
+
+ON_CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+CONFIG = GenericTransformerConfig(
+    max_position_embeddings=4096,
+    **(
+        dict(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+        )
+        if ON_CUDA
+        else dict(
+            vocab_size=4096,
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+    ),
+)
+# Requests, prompt tokens and new tokens of each.
+LOADS = (
+    [(1, 128, 256), (16, 256, 256), (256, 256, 256)]
+    if ON_CUDA
+    else [(1, 128, 128), (16, 128, 64), (64, 128, 32)]
+)
+TARGETS = (
+    {"engine": 0.97, "trainer": 0.98}
+    if ON_CUDA
+    else {
+        "engine": 0.75,
+        "trainer": 0.9,
+    }
+)
+# Starts of an engine in each mode, and repetitions in each.
+STARTS, REPETITIONS = (1, 5) if ON_CUDA else (2, 5)
+# Sequences and tokens of each.
+BATCH = (4, 4096) if ON_CUDA else (8, 256)
+
+
+def serve(directory: str) -> None:
+    """Print tokens per second of each load, in this process's mode."""
+    from vllm import LLM, ModelRegistry, SamplingParams
+
+    def build(config, parallel_context):
+        return GenericTransformerForCausalLM(config, parallel_context)
+
+    ModelRegistry.register_model("GenericTransformerForCausalLM", build)
+    llm = LLM(
+        directory,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=str(DTYPE).removeprefix("torch."),
+        max_model_len=2048,
+        enable_prefix_caching=False,
+        **({"gpu_memory_utilization": 0.7} if ON_CUDA else {}),
+    )
+    generator = torch.Generator().manual_seed(0)
+    rates: dict[int, list[float]] = {}
+    for requests, prompt, new in LOADS:
+        ids = torch.randint(CONFIG.vocab_size, (requests, prompt), generator=generator)
+        prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+        sampling = SamplingParams(
+            max_tokens=new, ignore_eos=True, detokenize=False, logprobs=0
+        )
+        for repetition in range(1 + REPETITIONS):
+            begin = time.perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            rate = requests * new / (time.perf_counter() - begin)
+            if repetition:
+                rates.setdefault(requests, []).append(rate)
+    print("RATES", json.dumps(rates))
+
+
+def engine() -> list[dict[str, object]]:
+    """Rows of the engine: tokens per second in the two modes."""
+    rates: dict[str, dict[int, list[float]]] = {"0": {}, "1": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        CONFIG.save_pretrained(directory)
+        for mode in ["0", "1"] * STARTS:
+            variables = {"VLLM_BATCH_INVARIANT": mode, "VLLM_LOGGING_LEVEL": "WARNING"}
+            result = subprocess.run(
+                [sys.executable, __file__, "--serve", directory],
+                env=os.environ | variables,
+                capture_output=True,
+                text=True,
+            )
+            if result.returncode:
+                sys.exit(result.stdout[-4000:] + result.stderr[-8000:])
+            (line,) = (x for x in result.stdout.splitlines() if x.startswith("RATES"))
+            for requests, values in json.loads(line.removeprefix("RATES")).items():
+                rates[mode].setdefault(int(requests), []).extend(values)
+    rows = []
+    for requests, prompt, new in LOADS:
+        normal, invariant = (
+            statistics.median(rates[mode][requests]) for mode in ("0", "1")
+        )
+        case = f"engine, {requests} requests of {prompt}+{new} tokens"
+        rows.append(row(case, "tokens/s", normal, invariant, invariant / normal))
+    return rows
+
+
+def trainer() -> list[dict[str, object]]:
+    """One row: milliseconds of forward and backward in the two modes."""
+    from vllm.model_executor.layers.training import token_logprobs
+    from vllm.training import batch_invariant
+
+    device = torch.device("cuda" if ON_CUDA else "cpu")
+    torch.manual_seed(0)
+    with device:
+        model = GenericTransformerForCausalLM(CONFIG).to(DTYPE)
+    batch, seq = BATCH
+    ids = torch.randint(CONFIG.vocab_size, (batch, seq + 1), device=device)
+
+    def step(mode: contextlib.AbstractContextManager[None]) -> None:
+        with mode:
+            hidden = model.model(ids[:, :-1])
+            logprobs = token_logprobs(hidden, model.lm_head, ids[:, 1:])
+            (-logprobs.mean()).backward()
+        model.zero_grad()
+
+    times = medians(
+        {
+            "normal": lambda: step(contextlib.nullcontext()),
+            "invariant": lambda: step(batch_invariant()),
+        },
+        device,
+        seconds=15.0,
+    )
+    normal, invariant = times["normal"], times["invariant"]
+    case = f"trainer, forward and backward of {batch}×{seq} tokens"
+    return [row(case, "ms", normal, invariant, normal / invariant)]
+
+
+def row(
+    case: str, unit: str, normal: float, invariant: float, speed: float
+) -> dict[str, object]:
+    """One measurement; `speed` is that of the mode over the normal one's."""
+    target = TARGETS[case.partition(",")[0]]
+    verdict = "met" if speed >= target else "missed"
+    print(
+        f"{case}: {normal:.4g} -> {invariant:.4g} {unit}, {speed:.3f} of the speed "
+        f"(target {target}, {verdict})",
+        flush=True,
+    )
+    return {
+        "case": case,
+        "unit": unit,
+        "normal": normal,
+        "batch_invariant": invariant,
+        "speed": speed,
+        "target": target,
+    }
+
+
+def main() -> None:
+    """Measure, print and write `price.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+        return
+    measures = {"engine": engine, "trainer": trainer}
+    rows = [row for name in args.only for row in measures[name]()]
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(torch.device("cuda" if ON_CUDA else "cpu")),
+        "parameters": parameters(),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with whole_file(args.out / "price.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def parameters() -> int:
+    """Of the model that is measured."""
+    with torch.device("meta"):
+        model = GenericTransformerForCausalLM(CONFIG)
+    return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    main()

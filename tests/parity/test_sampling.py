@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the sampler makes of the logits: raw and processed logprobs.
+
+The engine of processed logprobs is also the one of small chunks.
+"""
+
+import pytest
+import torch
+
+from tests.parity import trainer
+from tests.parity.engine import of_completions
+from tests.parity.prompts import LENGTHS, of_lengths
+from tests.parity.subjects import SUBJECTS
+from vllm.model_executor.layers.training import full_logprobs, token_logprobs
+from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import log_softmax
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+TEMPERATURE = 0.7
+eager_only = pytest.mark.parametrize(
+    "subject",
+    [subject for subject in SUBJECTS if subject.eager],
+    indirect=True,
+    ids=str,
+)
+FILTERS = [{"top_k": 20}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}]
+
+
+@pytest.fixture
+def prompts(subject):
+    return of_lengths(subject.model_name, (1, 2, 9, 33, 64, 131, 200, 333), 4)
+
+
+@pytest.fixture
+def processed(subject):
+    """Prompts are cut into pieces of at most 37 tokens."""
+    return subject.start(
+        logprobs_mode="processed_logprobs", max_num_batched_tokens=37, max_num_seqs=8
+    )
+
+
+@torch.no_grad()
+def of_samples(subject, samples, function):
+    """`function(hidden states, tokens)` of each completion."""
+    with batch_invariant():
+        states = trainer.packed(subject.trainer, [s.tokens for s in samples])
+        return [
+            function(
+                hidden[len(s.prompt) - 1 : -1],
+                torch.tensor(s.completion, device=hidden.device),
+            ).cpu()
+            for hidden, s in zip(states, samples)
+        ]
+
+
+def test_raw_logprobs_are_those_of_the_model(subject, prompts, record):
+    """Whatever they are sampled with."""
+    params = {"temperature": TEMPERATURE, "top_k": 50, "top_p": 0.8}
+    samples = subject.start().sample(prompts, 16, **params)
+    scores = trainer.score(subject.trainer, [sample.tokens for sample in samples])
+    record(
+        "(f) raw logprobs, temperature, top-k and top-p",
+        [sample.logprobs for sample in samples],
+        of_completions(scores, samples),
+    )
+
+
+def test_full_vocabulary(subject, prompts, record):
+    samples = subject.start().sample(prompts, 6, logprobs=-1)
+    head = subject.trainer.lm_head
+    rows = of_samples(subject, samples, lambda hidden, _: full_logprobs(hidden, head))
+    record("(f) whole vocabulary", [sample.logprobs for sample in samples], rows)
+
+
+@eager_only
+def test_small_chunks(subject, processed, record):
+    prompts = of_lengths(subject.model_name, LENGTHS, 8)
+    found = processed.prefill(prompts)
+    scores = trainer.score(subject.trainer, prompts)
+    record("(c) trainer = prefill in chunks of 37", found, scores)
+
+
+@eager_only
+def test_temperature(subject, processed, prompts, record):
+    samples = processed.sample(prompts, 16, temperature=TEMPERATURE)
+
+    def of_tokens(hidden, tokens):
+        return token_logprobs(
+            hidden, subject.trainer.lm_head, tokens, temperature=TEMPERATURE
+        )
+
+    record(
+        "(f) processed logprobs, temperature",
+        [sample.logprobs for sample in samples],
+        of_samples(subject, samples, of_tokens),
+    )
+
+
+@eager_only
+@pytest.mark.parametrize("filters", FILTERS, ids="-".join)
+def test_top_k_and_top_p(subject, filters, processed, prompts, record):
+    """vLLM's own filters of the trainer's logits, over the whole vocabulary."""
+    params = {"temperature": TEMPERATURE} | filters
+    samples = processed.sample(prompts, 6, logprobs=-1, **params)
+
+    def filtered(hidden, _):
+        logits = subject.trainer.lm_head(hidden).float() / TEMPERATURE
+
+        def of_each(name):
+            value = filters.get(name)
+            return value and torch.full((len(logits),), value, device=logits.device)
+
+        return log_softmax(
+            apply_top_k_top_p(logits, of_each("top_k"), of_each("top_p"))
+        )
+
+    rows = of_samples(subject, samples, filtered)
+    assert all(row.isinf().any() for row in rows)
+    record(
+        f"(f) processed logprobs, {' and '.join(filters)}",
+        [sample.logprobs for sample in samples],
+        rows,
+    )

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`parity.check` with engines, and what it refuses."""
+
+import copy
+import importlib
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerConfig,
+    GenericTransformerForCausalLM,
+)
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training import parity, worker
+from vllm.training.parity import refusals
+from vllm.training.parity.__main__ import main
+from vllm.training.weights import checkpoint_tensors
+
+# The package has functions of these names.
+check_module = importlib.import_module("vllm.training.parity.check")
+self_check = importlib.import_module("vllm.training.parity.self_check")
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+PROMPTS = [[3, 1, 4], list(range(40)), [7] * 9]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def build(config, parallel_context):
+    return GenericTransformerForCausalLM(config, parallel_context)
+
+
+def a_model(**context) -> GenericTransformerForCausalLM:
+    torch.manual_seed(0)
+    config = GenericTransformerConfig(**SIZES)
+    context = ParallelContext(device=DEVICE, **context)
+    return GenericTransformerForCausalLM(config, context).to(DEVICE, DTYPE)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An eager engine in the mode, with the weights of `a_model()`."""
+    from vllm import LLM, ModelRegistry
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    directory = tmp_path_factory.mktemp("model")
+    a_model().save_pretrained(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_BATCH_INVARIANT", "1")
+        patch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+        ModelRegistry.register_model("GenericTransformerForCausalLM", build)
+        llm = LLM(
+            str(directory),
+            dtype=str(DTYPE).removeprefix("torch."),
+            max_model_len=128,
+            enforce_eager=True,
+            max_logprobs=-1,
+            disable_log_stats=True,
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=0.3,
+        )
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_check(engine, full, temperature):
+    report = parity.check(
+        engine,
+        a_model(),
+        PROMPTS,
+        max_tokens=8,
+        temperature=temperature,
+        full_vocab=full,
+        localise=True,
+    )
+    report.raise_if_different()
+    assert report.tokens == 24 and report.full_vocab == full
+    assert report.weights_compared and "the same" in str(report)
+
+
+def test_other_weights_are_refused_until_they_are_sent(engine):
+    model = a_model()
+    name = "model.layers.1.self_attn.v_proj.weight"
+    with torch.no_grad():
+        dict(checkpoint_tensors(model))[name][3, 5] += 0.5
+    with pytest.raises(ValueError, match=f"1 of 21 weights differ, first {name}: "):
+        parity.check(engine, model, PROMPTS)
+    for each in (model, a_model()):
+        engine.collective_rpc(
+            "reload_weights",
+            kwargs={"weights_iterator": list(checkpoint_tensors(each))},
+        )
+        engine.reset_prefix_cache()
+        report = parity.check(engine, each, PROMPTS, max_tokens=4)
+        assert report.all_equal and report.weights_compared
+
+
+def test_a_difference_is_localised(engine, monkeypatch):
+    """Where weights are not known to differ, the layer is found by its output."""
+    monkeypatch.setattr(refusals, "_weights", lambda *_: ([], "a test"))
+    model = a_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] += 0.5
+    report = parity.check(engine, model, PROMPTS, max_tokens=4, localise=True)
+    layer = "model.layers.1.mlp.down_proj"
+    assert report.first_difference.layer == layer
+    assert not report.weights_compared and "not compared (a test)" in str(report)
+    with pytest.raises(parity.ParityError, match=f"layer {layer}"):
+        report.raise_if_different()
+    # The engine is as it was.
+    assert parity.check(engine, a_model(), PROMPTS, max_tokens=4).all_equal
+
+
+def test_processed_logprobs(engine, monkeypatch):
+    """The temperature they hold is the trainer's too."""
+    seen = []
+
+    def compare_with(scorer, outputs, full_vocab, temperature):
+        seen.append(temperature)
+        return original(scorer, outputs, full_vocab, 1.0)
+
+    original = check_module.compare_with
+    monkeypatch.setattr(check_module, "compare_with", compare_with)
+    for mode in ("raw_logprobs", "processed_logprobs"):
+        config = engine.llm_engine.vllm_config.model_config
+        monkeypatch.setattr(config, "logprobs_mode", mode)
+        for temperature in (0.0, 0.5):
+            parity.check(
+                engine, a_model(), PROMPTS[:1], max_tokens=1, temperature=temperature
+            )
+    assert seen == [1.0, 1.0, 1.0, 0.5]
+
+
+SETTINGS = {
+    "quantization": ("model_config", "fp8", "quantization=None"),
+    "cache_dtype": ("cache_config", "fp8", 'kv_cache_dtype="auto"'),
+    "speculative_config": (None, object(), "without speculative_config"),
+    "lora_config": (None, object(), "enable_lora=False"),
+    "logprobs_mode": ("model_config", "raw_logits", 'logprobs_mode="raw_logprobs"'),
+    "max_logprobs": ("model_config", 20, "max_logprobs=-1"),
+    "enforce_eager": ("model_config", False, "enforce_eager=True"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_engine_settings(engine, name, monkeypatch):
+    section, value, advice = SETTINGS[name]
+    config = engine.llm_engine.vllm_config
+    owner = getattr(config, section) if section else config
+    monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(engine, "generate", None)
+    with pytest.raises(ValueError, match=advice):
+        parity.check(engine, a_model(), PROMPTS, full_vocab=True, localise=True)
+
+
+WORKERS = {
+    "batch_invariant": (False, "set VLLM_BATCH_INVARIANT=1"),
+    "attention": (["FLASHINFER"], "backend FLASHINFER has no counterpart"),
+    "device": ("tpu", f"The trainer is on {DEVICE}"),
+    "dtype": ("float16", "computes in float16: start the engine with dtype="),
+    "tp_reduction_shards": (2, "ParallelContext.tp_reduction_shards=2."),
+}
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_what_workers_say(engine, name, monkeypatch):
+    value, advice = WORKERS[name]
+    described = worker.describe
+
+    def describe(self):
+        return described(self) | {name: value}
+
+    monkeypatch.setattr(worker, "describe", describe)
+    monkeypatch.setattr(engine, "generate", None)
+    with pytest.raises(ValueError, match=advice):
+        parity.check(engine, a_model(), PROMPTS)
+
+
+def test_another_attention_kernel(engine):
+    model = a_model()
+    for block in model.model.layers:
+        block.self_attn.attn.implementation = "reference"
+    with pytest.raises(ValueError, match="computes with 'reference'.*implementation="):
+        parity.check(engine, model, PROMPTS)
+
+
+def test_no_prompts_and_no_such_function(engine):
+    with pytest.raises(ValueError, match="prompts is empty"):
+        parity.check(engine, a_model(), [])
+    with pytest.raises(ValueError, match="no function 'forward'; it has describe"):
+        engine.collective_rpc("call_training", args=("forward",))
+
+
+def test_weights_that_cannot_be_compared():
+    model = a_model()
+    known = {"weights": None, "weights_missing": []}
+    assert "load_weights of its own" in refusals._weights(model, [known])[1]
+    known = {"weights": {}, "weights_missing": ["a", "b"]}
+    assert "never loaded a, b" in refusals._weights(model, [known])[1]
+    sharded = copy.deepcopy(model)
+    sharded.lm_head.tp_size = 2
+    assert "tensor parallelism" in refusals._weights(sharded, [known])[1]
+
+
+def test_self_check():
+    model = a_model()
+    self_check.self_check(model)
+    linears = set(self_check.linear_shapes(model))
+    assert self_check.LinearShape(300, 64, DTYPE) in linears
+    assert self_check.LinearShape(64, 64, DTYPE) in linears
+    halves = set(self_check.linear_shapes(a_model(tp_reduction_shards=2)))
+    assert self_check.LinearShape(64, 32, DTYPE) in halves
+
+
+def test_self_check_names_the_linear(monkeypatch):
+    original = self_check.linear
+
+    def linear(x, weight, bias):
+        return original(x, weight, bias) * (1 if len(x) != 7 else 1.5)
+
+    monkeypatch.setattr(self_check, "linear", linear)
+    shape = self_check.LinearShape(40, 32, DTYPE, True)
+    with pytest.raises(parity.BatchInvarianceError) as error:
+        parity.self_check_shapes([shape], [], DEVICE)
+    for text in ("[40, 32] and a bias", str(DTYPE), "7 rows", "VLLM_BATCH_INVARIANT"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+def test_self_check_names_the_attention(monkeypatch, sinks, window):
+    spec = AttentionSpec(0.125, sliding_window=window)
+    shape = parity.AttentionShape(4, 2, 64, DTYPE, spec, sinks)
+    parity.self_check_shapes([], [shape], DEVICE)
+    original = self_check.attention
+
+    def attention(query, *args, **options):
+        return original(query, *args, **options) * (1 if len(query) != 33 else 1.5)
+
+    monkeypatch.setattr(self_check, "attention", attention)
+    with pytest.raises(parity.BatchInvarianceError, match="33 tokens alone of 257"):
+        parity.self_check_shapes([], [replace(shape, sinks=False)], DEVICE)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Its table, its files, and its exit status when a logprob differs."""
+    from vllm.training.parity import __main__ as command
+
+    builder = f"{build.__module__}:build"
+    monkeypatch.setitem(sys.modules, build.__module__, sys.modules[__name__])
+    argv = ["parity", str(tmp_path), "--builder", builder, "--prompts", "2"]
+    argv += ["--prompt-lengths", "3,5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    model = a_model()
+    model.save_pretrained(tmp_path)
+    shut = []
+    config = SimpleNamespace(
+        hf_config=model.config, dtype=DTYPE, get_vocab_size=lambda: 300
+    )
+    core = SimpleNamespace(shutdown=lambda timeout: shut.append(timeout))
+    vllm_config = SimpleNamespace(model_config=config)
+    llm_engine = SimpleNamespace(vllm_config=vllm_config, engine_core=core)
+    llm = SimpleNamespace(llm_engine=llm_engine)
+    monkeypatch.setattr(command, "start_engine", lambda args: llm)
+    difference = parity.Difference(0, 0, 4, 9, -1.0, -2.0)
+    reports = [
+        parity.ParityReport(2, 2, 0.0, 0.0, False, None, True, "", torch.zeros(2)),
+        parity.ParityReport(
+            2, 1, 1.0, 0.1, False, difference, True, "", torch.tensor([0.0, -1.0])
+        ),
+    ]
+
+    def check(llm, trainer, prompts, **options):
+        assert [len(prompt) for prompt in prompts] == [3, 5]
+        for name, parameter in trainer.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name)), name
+        return reports.pop(0)
+
+    monkeypatch.setattr(command, "check", check)
+    main()
+    assert "equal bit for bit     2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 1 and len(shut) == 2
+    assert json.loads((tmp_path / "out/report.json").read_text())["equal"] == 1
+    assert (tmp_path / "out/histogram.png").read_bytes().startswith(b"\x89PNG")

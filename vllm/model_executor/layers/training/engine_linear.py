@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The engine's row-parallel linear of more products than ranks.
+
+vLLM's own adds up one product a rank. With `tp_reduction_shards` each rank's slice of
+the input features is cut again, so that an engine has the bits of a trainer, or of
+another engine, with another tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor.layers.training.ops.linear.cpu import PackedWeight
+from vllm.model_executor.layers.training.ops.linear.op import linear
+from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
+
+
+class _ShardedProducts(upstream.UnquantizedLinearMethod):
+    """One product for each shard of the input features.
+
+    Args:
+        num_shards: of this rank's features.
+    """
+
+    def __init__(self, num_shards: int) -> None:
+        super().__init__()
+        self.num_shards = num_shards
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        shards = [w.contiguous() for w in layer.weight.data.chunk(self.num_shards, 1)]
+        if layer.weight.device.type == "cpu" and is_batch_invariant():
+            layer.shards = [PackedWeight(shard) for shard in shards]
+        else:
+            layer.shards = shards
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    def apply(
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All products, shape = [num_shards, ..., out_features]; bias in the first."""
+        products = []
+        for part, shard in zip(x.chunk(self.num_shards, -1), layer.shards, strict=True):
+            if isinstance(shard, PackedWeight):
+                products.append(shard(part, bias))
+            else:
+                products.append(linear(part, shard, bias))
+            bias = None
+        return torch.stack(products)
+
+
+class ShardedRowParallelLinear(upstream.RowParallelLinear):
+    """vLLM's RowParallelLinear as the ordered sum of `num_shards` products a rank."""
+
+    def __init__(self, *args: Any, num_shards: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.quant_config is not None:
+            raise ValueError(
+                f"{self.prefix}: tp_reduction_shards cuts unquantized weights only; "
+                "leave it out or serve without quantization."
+            )
+        self.quant_method = _ShardedProducts(num_shards)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor | tuple[Any, None]:
+        if not self.input_is_parallel and self.tp_size > 1:
+            input_ = input_.chunk(self.tp_size, -1)[self.tp_rank].contiguous()
+        bias = self.bias if self.tp_rank == 0 else None
+        products = self.quant_method.apply(self, input_, bias)
+        if self.tp_size > 1:
+            products = upstream.tensor_model_parallel_all_gather(products, 0)
+        output = ordered_sum(products)
+        return (output, None) if self.return_bias else output

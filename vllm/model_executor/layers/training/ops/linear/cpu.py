@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Matrix products on CPU whose rows do not depend on the number of rows.
+
+They are oneDNN's, as in the CPU engine. A row's bits depend on M at M = 1 only, where
+some machines run another kernel, so one row is multiplied as two. A dtype for which
+oneDNN has no product on this machine is multiplied in fp32, which is exact for the
+products of 16-bit numbers, and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.ops.library import define_op
+
+
+class PackedWeight:
+    """A weight as oneDNN multiplies it.
+
+    Args:
+        weight: shape = [N, K]; fp32, bf16 or fp16. It is copied.
+
+    Attributes:
+        handle: int64 tensor of one element, oneDNN's handle, valid as long as this
+            object lives.
+        product_dtype: what inputs are cast to.
+        out_features: N.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.product_dtype = product_dtype(weight.dtype)
+        self.out_features = weight.shape[0]
+        weight = weight.detach().to(self.product_dtype)
+        # oneDNN takes [K, N] with unit stride in one of the dims.
+        transposed = weight.t() if 1 in weight.stride() else weight.contiguous().t()
+        self._handler = upstream.onednn().pack(transposed)
+        self.handle: torch.Tensor = self._handler.handler_tensor
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + b, for any shape [..., K], as an op that torch.compile leaves alone.
+
+        Returns:
+            shape = [..., N], dtype of x.
+        """
+        rows = _packed_linear(
+            x.reshape(-1, x.shape[-1]),
+            bias,
+            self.handle,
+            self.out_features,
+            self.product_dtype == torch.float32,
+        )
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype this machine multiplies inputs of a dtype.
+
+    Raises:
+        RuntimeError: vLLM's build for CPU, whose oneDNN this is, is not there.
+    """
+    onednn = upstream.onednn()
+    if not onednn.is_built:
+        raise RuntimeError(
+            "Batch-invariant mode on CPU multiplies with vLLM's oneDNN, which this "
+            "build of vLLM does not have; install vLLM's build for CPU."
+        )
+    try:
+        onednn.pack(torch.zeros(32, 32, dtype=dtype))
+    except RuntimeError:
+        return torch.float32
+    return dtype
+
+
+def in_order_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + b; the weight is packed for this call.
+
+    Args:
+        x: shape = [M, K]
+        weight: shape = [N, K]
+        bias: shape = [N] or None
+
+    Returns:
+        shape = [M, N], dtype of x.
+    """
+    if not (x.numel() and weight.numel()):
+        output = x.new_zeros(x.shape[0], weight.shape[0])
+        return output if bias is None else output + bias
+    packed = PackedWeight(weight)
+    return _multiply(
+        x,
+        bias,
+        packed.handle,
+        packed.out_features,
+        packed.product_dtype == torch.float32,
+    )
+
+
+def _multiply(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    out_features: int,
+    in_fp32: bool,
+) -> torch.Tensor:
+    num_rows, dtype = x.shape[0], x.dtype
+    if num_rows == 1:
+        x = x.expand(2, -1)
+    x = x.contiguous()
+    if in_fp32:
+        x = x.float()
+        bias = None if bias is None else bias.float()
+    output = x.new_empty(x.shape[0], out_features)
+    if num_rows:
+        upstream.onednn().multiply(output, x, bias, handle)
+    return output[:num_rows].to(dtype)
+
+
+def _fake(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    out_features: int,
+    in_fp32: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+_packed_linear = define_op(
+    "packed_linear(Tensor x, Tensor? bias, Tensor handle, int out_features, "
+    "bool in_fp32) -> Tensor",
+    fake=_fake,
+    cpu=_multiply,
+)

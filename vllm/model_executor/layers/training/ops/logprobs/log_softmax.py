@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Temperature and log-softmax as the engine's sampler computes them.
+
+In plain torch, but in batch-invariant mode on CUDA by the sampler's own kernels, whose
+rows do not depend on their number. With y = log_softmax(z / T) and G = dL/dy:
+
+    dL/dz = (G - exp(y) * (sum of G over the row)) / T
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor.layers.training.ops.library import (
+    define_op,
+    from_rows,
+    has_kernel,
+    rows_of,
+)
+from vllm.model_executor.layers.training.ops.logprobs import reference
+
+
+def logprobs_of(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary, with a backward.
+
+    Args:
+        logits: shape = [..., vocab_size], floating point.
+        temperature: divides the logits; above 0.
+
+    Returns:
+        fp32 (fp64 for fp64 logits), the shape of logits.
+    """
+    if uses_samplers_kernels(logits):
+        return from_rows(_log_softmax(rows_of(logits), temperature), logits)
+    return reference.log_softmax(reference.tempered(logits, temperature))
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits divided by the temperature, untouched at 1; without a backward.
+
+    Args:
+        logits: shape = [num_tokens, vocab_size], floating point.
+        temperature: above 0.
+
+    Returns:
+        fp32 (fp64 for fp64 logits) if the temperature is not 1, the shape of logits.
+    """
+    if temperature == 1.0 or not uses_samplers_kernels(logits):
+        return reference.tempered(logits, temperature)
+    divided = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    requests = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    divisor = torch.full((1,), temperature, device=logits.device)
+    upstream.gpu_sampler().apply_temperature(divided, requests, divisor)
+    return divided
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dim; without a backward.
+
+    Args:
+        logits: shape = [num_tokens, vocab_size], floating point.
+
+    Returns:
+        fp32 (fp64 for fp64 logits), the shape of logits.
+    """
+    if not uses_samplers_kernels(logits):
+        return reference.log_softmax(logits)
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    return logprobs_at(logits, tokens.expand(logits.shape))
+
+
+def logprobs_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, by the sampler's kernel; without a backward.
+
+    Args:
+        logits: shape = [num_tokens, vocab_size], where `uses_samplers_kernels`.
+        tokens: int64 token ids, shape = [num_tokens, n].
+
+    Returns:
+        fp32, shape = [num_tokens, n].
+    """
+    logits = _as_the_engine_holds(logits)
+    return upstream.gpu_sampler().compute_token_logprobs(logits, tokens)
+
+
+def uses_samplers_kernels(logits: torch.Tensor) -> bool:
+    """Whether logprobs of logits on this device are the work of these kernels."""
+    return is_batch_invariant() and logits.device.type == "cuda" and has_kernel(logits)
+
+
+def _as_the_engine_holds(logits: torch.Tensor) -> torch.Tensor:
+    """With rows that begin at multiples of 16 elements, if the head made them.
+
+    The engine pads a vocabulary, and the compiler of the kernel divides a row among
+    threads by the alignment. Logits in fp32 come from a division, which leaves out the
+    padding.
+    """
+    vocab_size = logits.shape[1]
+    if logits.dtype == torch.float32 or logits.stride(0) % 16 == 0:
+        return logits
+    padded = logits.new_empty(len(logits), upstream.pad_vocab_size(vocab_size))
+    return padded[:, :vocab_size].copy_(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    logits, ctx.temperature = inputs
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    (logprobs,) = ctx.saved_tensors
+    grad = grad - logprobs.exp() * grad.sum(-1, keepdim=True)
+    return (grad / ctx.temperature).to(ctx.dtype), None
+
+
+def _forward(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return log_softmax(tempered(logits, temperature))
+
+
+def _fake(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits.new_empty(logits.shape, dtype=torch.float32)
+
+
+_log_softmax = define_op(
+    "log_softmax(Tensor logits, float temperature) -> Tensor",
+    fake=_fake,
+    cpu=_forward,
+    cuda=_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

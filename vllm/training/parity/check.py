@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Sampling from an engine and comparing with the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vllm.training.parity.compare import compare_with
+from vllm.training.parity.localise import ModuleRecorder, first_differing_module
+from vllm.training.parity.refusals import refuse_incomparable
+from vllm.training.parity.report import ParityReport
+from vllm.training.parity.score import Scorer
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+def check(
+    llm: LLM,
+    model: nn.Module,
+    prompts: Prompts,
+    *,
+    max_tokens: int = 16,
+    temperature: float = 1.0,
+    full_vocab: bool = False,
+    localise: bool = False,
+) -> ParityReport:
+    """Sample from the engine and compare its logprobs with the trainer's, bit for bit.
+
+    Cheap enough for a few prompts of every RL step: one generation, one forward of the
+    trainer and one pass over its weights.
+
+    Args:
+        llm: an engine in batch-invariant mode with the trainer's weights.
+        model: the training model. Its gradients, mode and weights stay as they are.
+        prompts: token ids, or texts if the engine has a tokenizer.
+        max_tokens: tokens to sample for each prompt.
+        temperature: of the sampling.
+        full_vocab: compare the logprobs of the whole vocabulary at every token; the
+            engine needs max_logprobs=-1.
+        localise: if tokens differ, run the first of them again, as a prefill, and name
+            the first module whose output differs. For eager engines.
+
+    Raises:
+        ValueError: trainer and engine cannot be equal, with every reason and the
+            setting to change, or there is nothing to compare.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one to compare tokens of.")
+    weights_note = refuse_incomparable(llm, model, full_vocab, localise)
+    scorer = Scorer(model, _batched(llm))
+    outputs = _generate(llm, prompts, max_tokens, temperature, full_vocab)
+    processed = llm.llm_engine.vllm_config.model_config.logprobs_mode != "raw_logprobs"
+    # Greedy sampling does not divide by its temperature, 0.
+    scoring_temperature = temperature if processed and temperature else 1.0
+    report = compare_with(scorer, outputs, full_vocab, scoring_temperature)
+    report = replace(
+        report, weights_compared=not weights_note, weights_note=weights_note
+    )
+    if localise and report.first_difference is not None:
+        report = report.with_layer(_find_layer(llm, scorer, outputs, report))
+    return report
+
+
+def _generate(
+    llm: LLM,
+    prompts: Prompts,
+    max_tokens: int,
+    temperature: float,
+    full_vocab: bool,
+) -> list[RequestOutput]:
+    from vllm import SamplingParams
+
+    # Without a seed: vLLM's CPU engine fails for one where a prefill takes two steps.
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        logprobs=-1 if full_vocab else 0,
+        detokenize=False,
+    )
+    inputs: list[Any] = [
+        each if isinstance(each, str) else {"prompt_token_ids": list(each)}
+        for each in prompts
+    ]
+    return llm.generate(inputs, params, use_tqdm=False)
+
+
+def _find_layer(
+    llm: LLM, scorer: Scorer, outputs: list[RequestOutput], report: ParityReport
+) -> str | None:
+    """Path of the first module that differs in a prefill up to the difference."""
+    from vllm import SamplingParams
+
+    difference = report.first_difference
+    assert difference is not None
+    output = outputs[difference.request]
+    completion = output.outputs[difference.completion]
+    ids = [*(output.prompt_token_ids or ()), *completion.token_ids]
+    ids = ids[: difference.position]
+    llm.reset_prefix_cache()
+    llm.collective_rpc("call_training", args=("start_recording",))
+    try:
+        params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
+    finally:
+        engine = llm.collective_rpc("call_training", args=("stop_recording",))[0]
+    recorder = ModuleRecorder(scorer.model)
+    try:
+        list(scorer.hidden_states([ids]))
+    finally:
+        trainer = recorder.finish()
+    return first_differing_module(engine, trainer)
+
+
+def _batched(llm: LLM) -> bool | None:
+    """The option that the builder of the engine's model was given."""
+    from vllm import ModelRegistry
+
+    for arch in llm.llm_engine.vllm_config.model_config.architectures:
+        cls = getattr(ModelRegistry.models.get(arch), "model_cls", None)
+        spec = getattr(cls, "spec", None)
+        if spec is not None:
+            return spec.options.batched
+    return None

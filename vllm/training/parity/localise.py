@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Finding the module from which on trainer and engine differ.
+
+Both run the same modules under the same paths. Each side records a fingerprint of
+every row that a module puts out, which is little enough to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm.training.fingerprint import row_fingerprints
+
+Key = tuple[str, int, int]
+
+
+class ModuleRecorder:
+    """Records the outputs of a model's submodules until `finish` is called.
+
+    Forwards that follow each other, as those of a prefill in chunks, are joined.
+
+    Args:
+        model: takes token ids first; has hooks until `finish`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: dict[Key, list[torch.Tensor]] = {}
+        self.calls: dict[str, int] = {}
+        self.num_tokens = 0
+        self.handles = [
+            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        ]
+        for path, module in model.named_modules():
+            if path:
+                hook = _RecordOutput(self, path)
+                self.handles.append(module.register_forward_hook(hook))
+
+    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        input_ids = args[0] if args else kwargs["input_ids"]
+        self.num_tokens = input_ids.numel()
+        self.calls.clear()
+
+    def record(self, path: str, output: Any) -> None:
+        """Add what a module put out in this forward."""
+        call = self.calls.get(path, 0)
+        self.calls[path] = call + 1
+        for index, tensor in enumerate(_tensors(output)):
+            if self.num_tokens and tensor.numel() % self.num_tokens == 0:
+                rows = row_fingerprints(tensor.reshape(self.num_tokens, -1))
+                self.rows.setdefault((path, call, index), []).append(rows)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Remove the hooks.
+
+        Returns:
+            In the order of execution: path; call, counted for a module that is used
+            several times; index among the tensors it returns; rows, one fingerprint
+            a token.
+        """
+        for handle in self.handles:
+            handle.remove()
+        return [
+            {
+                "path": path,
+                "call": call,
+                "index": index,
+                "rows": torch.cat(chunks).tolist(),
+            }
+            for (path, call, index), chunks in self.rows.items()
+        ]
+
+
+class _RecordOutput:
+    """A forward hook that knows its module's path."""
+
+    def __init__(self, recorder: ModuleRecorder, path: str) -> None:
+        self.recorder = recorder
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.recorder.record(self.path, output)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    outputs = output if isinstance(output, tuple | list) else (output,)
+    for each in outputs:
+        if isinstance(each, torch.Tensor) and each.numel():
+            yield each
+
+
+def first_differing_module(
+    engine: list[dict[str, Any]], trainer: list[dict[str, Any]]
+) -> str | None:
+    """Path of the first module, in the trainer's order, whose rows differ.
+
+    Modules that one side alone has are left out. None: all that both have agree.
+
+    Raises:
+        ValueError: no module was recorded on both sides.
+    """
+    of_engine = {_key(entry): entry["rows"] for entry in engine}
+    common = [entry for entry in trainer if _key(entry) in of_engine]
+    if not common:
+        raise ValueError(
+            "Engine and trainer have no module path in common, so the layer from "
+            "which on they differ cannot be found. Serve the builder's own module."
+        )
+    for entry in common:
+        if entry["rows"] != of_engine[_key(entry)]:
+            return entry["path"]
+    return None
+
+
+def _key(entry: dict[str, Any]) -> Key:
+    return entry["path"], entry["call"], entry["index"]

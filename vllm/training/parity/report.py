@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The result of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+
+class ParityError(RuntimeError):
+    """Trainer and engine differ."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a logprob of the trainer is not the engine's.
+
+    Attributes:
+        request: index of the request among the outputs.
+        completion: index of the completion of that request.
+        position: of the token in its sequence, prompt included, counted from 0.
+        token: id of the token whose logprob differs; with the full vocabulary it need
+            not be the one at the position.
+        engine: the engine's logprob.
+        trainer: the trainer's logprob.
+        layer: path of the first module whose output differs; None if not looked for,
+            or if a prefill agrees in every module, so that decoding differs.
+    """
+
+    request: int
+    completion: int
+    position: int
+    token: int
+    engine: float
+    trainer: float
+    layer: str | None = None
+
+    def __str__(self) -> str:
+        text = f"request {self.request}"
+        if self.completion:
+            text += f" (completion {self.completion})"
+        text += (
+            f", position {self.position}, token {self.token}: engine "
+            f"{self.engine!r}, trainer {self.trainer!r}"
+        )
+        return text + (f"; first differing layer {self.layer}" if self.layer else "")
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How the trainer's logprobs compare with the engine's.
+
+    Attributes:
+        tokens: number of tokens compared, at least 1.
+        equal: how many of them have the same logprobs bit for bit.
+        max_abs_diff: largest difference of two logprobs, in nats.
+        kl: of engine from trainer, in nats a token: the mean over the sampled tokens.
+            With the full vocabulary it is exact; else estimated from the logprobs of
+            the sampled tokens by exp(d) - 1 - d with d = trainer - engine, which is
+            unbiased for tokens sampled at temperature 1 and never negative. 0 if no
+            sampled token was compared.
+        full_vocab: whether the logprobs of the whole vocabulary were compared.
+        first_difference: in the order of requests and positions.
+        weights_compared: whether the weights of both are known to be the same.
+        weights_note: why they are not known to be.
+        differences: trainer minus engine of each token, fp64, shape = [tokens]; with
+            the full vocabulary that of the entry which differs most.
+    """
+
+    tokens: int
+    equal: int
+    max_abs_diff: float
+    kl: float
+    full_vocab: bool
+    first_difference: Difference | None
+    weights_compared: bool = False
+    weights_note: str = "compare() sees no engine, check() does"
+    differences: torch.Tensor = field(
+        repr=False, compare=False, default_factory=lambda: torch.zeros(0)
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(
+                "No token was compared, which says nothing about parity. Give at least "
+                "one output with logprobs: SamplingParams(logprobs=0, max_tokens=n)."
+            )
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether every logprob is the same bit for bit."""
+        return self.equal == self.tokens
+
+    def raise_if_different(self) -> None:
+        """Do nothing if all are equal.
+
+        Raises:
+            ParityError: names the first difference.
+        """
+        if not self.all_equal:
+            raise ParityError(
+                f"Trainer and engine differ in {self.tokens - self.equal} of "
+                f"{self.tokens} tokens, by at most {self.max_abs_diff:.3g} nats (KL "
+                f"{self.kl:.3g}). First: {self.first_difference}."
+            )
+
+    def with_layer(self, layer: str | None) -> ParityReport:
+        """The same report, its first difference localised."""
+        assert self.first_difference is not None
+        difference = replace(self.first_difference, layer=layer)
+        return replace(self, first_difference=difference)
+
+    def to_json(self) -> str:
+        """All fields but `differences`, as a JSON object; infinities as text."""
+        fields = asdict(replace(self, differences=torch.zeros(0)))
+        del fields["differences"]
+        fields["all_equal"] = self.all_equal
+        return json.dumps(_finite(fields), indent=2)
+
+    def __str__(self) -> str:
+        compared = "logprobs of the vocabulary" if self.full_vocab else "logprobs"
+        rows = {
+            "tokens compared": f"{self.tokens} ({compared})",
+            "equal bit for bit": str(self.equal),
+            "max |difference|": f"{self.max_abs_diff:.3g}",
+            "KL (nats per token)": f"{self.kl:.3g}",
+            "first difference": str(self.first_difference or "none"),
+            "weights": (
+                "the same"
+                if self.weights_compared
+                else f"not compared ({self.weights_note})"
+            ),
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:{width}}   {value}" for name, value in rows.items())
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

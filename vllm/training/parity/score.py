@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The trainer's logprobs of given sequences, computed as the engine computes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vllm.model_executor.layers.training import full_logprobs, token_logprobs
+from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.layers.training.embedding import ParallelLMHead
+from vllm.model_executor.models.builder.model import HeadTap
+
+# Tokens of one packed forward. More would be no faster.
+PACK = 16384
+# Rows of the vocabulary's logprobs that exist at a time.
+FULL_ROWS = 256
+
+
+class Scorer:
+    """Scores tokens with a training model, without gradients, in the mode.
+
+    A model whose `forward` has a parameter `cu_seqlens` gets sequences packed, any
+    other gets one sequence at a time, shape = [1, seq].
+
+    Args:
+        model: `forward(input_ids, positions)` gives logits, the output of its head.
+        batched: whether it wants `[batch, seq]`; see `BuilderOptions.batched`.
+    """
+
+    def __init__(self, model: nn.Module, batched: bool | None = None) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.packed = "cu_seqlens" in parameters
+        self.batched = not self.packed if batched is None else batched
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"{type(model).__name__} has no parameters to compare.")
+        self.device = parameter.device
+        with _scoring(model):
+            self.head_path = self._find_head()
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self.head_path)
+
+    def hidden_states(
+        self, sequences: Sequence[Sequence[int]]
+    ) -> Iterator[torch.Tensor]:
+        """What the head receives, of each sequence, shape = [len(sequence), hidden].
+
+        Raises:
+            TypeError: the model changes the output of its head.
+        """
+        with _scoring(self.model), _tapped(self.head) as tap:
+            for pack in self._packs(sequences):
+                output = self._forward(pack)
+                if output is not tap.hidden_states:
+                    raise TypeError(
+                        f"forward of {type(self.model).__name__} does not return the "
+                        f"output of its head {self.head_path!r} unchanged, so its "
+                        "logprobs are not those of the head. Move what follows the "
+                        "head into the head module."
+                    )
+                rows = output.reshape(-1, output.shape[-1])
+                yield from rows.split([len(sequence) for sequence in pack])
+
+    def token_logprobs(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """fp32, shape = [num_tokens], on CPU."""
+        with _scoring(self.model):
+            return token_logprobs(
+                hidden_states, self._head(), targets, temperature=temperature
+            ).cpu()
+
+    def full_logprobs(
+        self, hidden_states: torch.Tensor, temperature: float
+    ) -> Iterator[torch.Tensor]:
+        """fp32 rows, shape = [at most FULL_ROWS, vocab_size], on CPU."""
+        for rows in hidden_states.split(FULL_ROWS):
+            with _scoring(self.model):
+                logprobs = full_logprobs(rows, self._head(), temperature=temperature)
+            yield logprobs.cpu()
+
+    def _head(self) -> ParallelLMHead | nn.Linear:
+        # token_logprobs itself says which heads it takes.
+        return self.head  # type: ignore[return-value]
+
+    def _packs(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
+        pack: list[list[int]] = []
+        for sequence in sequences:
+            total = sum(map(len, pack)) + len(sequence)
+            if pack and (not self.packed or total > PACK):
+                yield pack
+                pack = []
+            pack.append(list(sequence))
+        if pack:
+            yield pack
+
+    def _forward(self, pack: list[list[int]]) -> torch.Tensor:
+        lengths = [len(sequence) for sequence in pack]
+        ids = torch.tensor([i for each in pack for i in each], device=self.device)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        if self.packed:
+            bounds = torch.tensor([0, *lengths], device=self.device)
+            cu_seqlens = bounds.cumsum(0, dtype=torch.int32)
+            return self.model(ids, positions, cu_seqlens=cu_seqlens)
+        if self.batched:
+            ids, positions = ids[None], positions[None]
+        return self.model(ids, positions)
+
+    def _find_head(self) -> str:
+        """`lm_head`, else the linear layer whose output the model returns.
+
+        Raises:
+            TypeError: there is none.
+        """
+        modules = dict(self.model.named_modules())
+        if "lm_head" in modules:
+            return "lm_head"
+        outputs: dict[str, object] = {}
+        handles = [
+            module.register_forward_hook(
+                lambda _, args, output, path=path: outputs.update({path: output})
+            )
+            for path, module in modules.items()
+            if path and isinstance(module, ParallelLMHead | nn.Linear)
+        ]
+        try:
+            logits = self._forward([[0, 0]])
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path, output in outputs.items():
+            if output is logits:
+                return path
+        raise TypeError(
+            f"Cannot tell which submodule of {type(self.model).__name__} is its head: "
+            "it has no 'lm_head', and its output is not the unchanged output of a "
+            "ParallelLMHead or torch.nn.Linear. Name the head 'lm_head'."
+        )
+
+
+@contextmanager
+def _scoring(model: nn.Module) -> Iterator[None]:
+    """Without gradients, in batch-invariant and in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), batch_invariant():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _tapped(head: nn.Module) -> Iterator[HeadTap]:
+    """The head lets hidden states through, so that no logits are computed."""
+    tap = HeadTap(head)
+    own = head.__dict__.get("forward")
+    head.forward = tap
+    try:
+        yield tap
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Probing on this machine that results do not depend on the batch.
+
+Batch invariance is a property of kernels on a machine: of the instructions it has, and
+of the libraries that choose among kernels by shape. So every shape of a model is tried
+with random numbers before the mode is relied on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.layers.training.embedding import ParallelLMHead
+from vllm.model_executor.layers.training.linear import RowParallelLinear
+from vllm.model_executor.layers.training.linear_base import ParallelLinear
+from vllm.model_executor.layers.training.ops.attention.op import attention
+from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.layers.training.ops.linear.op import linear
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+# Numbers of rows, around the sizes at which kernels change their tiles.
+ROWS = (1, 2, 3, 7, 8, 16, 33, 64, 255, 1024)
+# Of which as many are tried as these numbers of multiply-adds allow for a shape.
+BUDGET = {"cpu": 1 << 30, "cuda": 1 << 37}
+# Tokens of the sequence whose prefixes are attended to.
+TOKENS = (1, 2, 9, 33, 130, 257)
+# Rows of a random weight; more are copies, which are multiplied alike.
+DISTINCT_ROWS = 256
+
+
+class BatchInvarianceError(RuntimeError):
+    """A kernel's result depends on the batch on this machine."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A product x W^T + b with W of shape [out_features, in_features]."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    bias: bool = False
+
+    def __str__(self) -> str:
+        bias = " and a bias" if self.bias else ""
+        return (
+            f"the linear of weight [{self.out_features}, {self.in_features}]{bias} in "
+            f"{self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention with these heads.
+
+    Attributes:
+        implementation: its name in the table of implementations; None: the default.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    spec: AttentionSpec
+    sinks: bool = False
+    alibi: bool = False
+    implementation: str | None = None
+
+    def __str__(self) -> str:
+        name = self.implementation or "the default implementation"
+        return (
+            f"attention of {self.num_heads} query and {self.num_kv_heads} key heads of "
+            f"{self.head_size} in {self.dtype} by {name} ({self.spec})"
+        )
+
+
+def self_check(model: nn.Module, *, device: torch.device | str | None = None) -> None:
+    """Probe every GEMM and attention shape of a training model.
+
+    Args:
+        model: the training model; nothing of it is run or changed.
+        device: where to probe; None: where the model's parameters are.
+
+    Raises:
+        BatchInvarianceError: names the first shape that depends on the batch.
+        ValueError: the mode has no attention kernel for a shape.
+    """
+    if device is None:
+        device = next(model.parameters()).device
+    self_check_shapes(linear_shapes(model), attention_shapes(model), device)
+
+
+def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """`self_check` of a training model that an engine is about to serve.
+
+    Attention that the trainer has no kernel for, such as ALiBi on CUDA, is not probed;
+    the log says so.
+
+    Args:
+        model: as the builder returned it, before its layers become the engine's.
+        vllm_config: the engine's config, which may name its attention backend.
+
+    Raises:
+        BatchInvarianceError: names the first shape that depends on the batch.
+    """
+    device = next(model.parameters()).device
+    self_check_shapes(linear_shapes(model), (), device)
+    backend = vllm_config.attention_config.backend
+    for shape in dict.fromkeys(attention_shapes(model)):
+        if backend is not None and backend.name == "TRITON_ATTN":
+            shape = replace(shape, implementation="vllm_triton")
+        try:
+            self_check_shapes((), [shape], device)
+        except ValueError as error:
+            logger.warning("Not probed for batch invariance: %s: %s", shape, error)
+
+
+def self_check_shapes(
+    linears: Iterable[LinearShape],
+    attentions: Iterable[AttentionShape],
+    device: torch.device | str,
+) -> None:
+    """Probe shapes, each once; see `self_check`."""
+    device = torch.device(device)
+    # The caller's random numbers stay as they are.
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad(), batch_invariant():
+        for linear_shape in dict.fromkeys(linears):
+            _probe_linear(linear_shape, device, generator)
+        for attention_shape in dict.fromkeys(attentions):
+            _probe_attention(attention_shape, device, generator)
+
+
+def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
+    """Of the products that a training model's layers compute on this rank."""
+    for layer in model.modules():
+        if not isinstance(layer, ParallelLinear | ParallelLMHead):
+            continue
+        rows, columns = layer.weight.shape
+        if isinstance(layer, RowParallelLinear):
+            columns //= layer.num_products
+        yield LinearShape(rows, columns, layer.weight.dtype, layer.bias is not None)
+
+
+def attention_shapes(model: nn.Module) -> Iterator[AttentionShape]:
+    """Of a training model's attention, in the dtype of its parameters."""
+    dtype = next(model.parameters()).dtype
+    for layer in model.modules():
+        if isinstance(layer, TrainableAttention):
+            yield AttentionShape(
+                layer.num_heads,
+                layer.num_kv_heads,
+                layer.head_size,
+                dtype,
+                layer.spec,
+                layer.sinks is not None,
+                layer.alibi_slopes is not None,
+                layer.implementation,
+            )
+
+
+def _random(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def _probe_linear(
+    shape: LinearShape, device: torch.device, generator: torch.Generator
+) -> None:
+    """Every product of m rows equals those rows of the product of the most rows."""
+    distinct = min(shape.out_features, DISTINCT_ROWS)
+    copies = -(-shape.out_features // distinct)
+    weight = _random((distinct, shape.in_features), shape.dtype, device, generator)
+    weight = weight.repeat(copies, 1)[: shape.out_features]
+    bias = weight[:, 0].contiguous() if shape.bias else None
+    counts = _row_counts(weight.numel(), BUDGET[device.type])
+    x = _random((counts[-1], shape.in_features), shape.dtype, device, generator)
+    whole = linear(x, weight, bias)
+    for count in counts[:-1]:
+        # The last ones: a row's place must not matter either.
+        part = linear(x[-count:].contiguous(), weight, bias)
+        _require_equal(f"{shape}, {count} rows", part, whole[-count:], len(x))
+
+
+def _row_counts(weight_size: int, budget: int) -> list[int]:
+    counts = [count for count in ROWS if 3 * count * weight_size <= budget]
+    return counts if len(counts) > 2 else list(ROWS[:3])
+
+
+def _probe_attention(
+    shape: AttentionShape, device: torch.device, generator: torch.Generator
+) -> None:
+    """The last row of every prefix, alone and beside others, is that of the whole."""
+    length = TOKENS[-1]
+    query, key, value = (
+        _random((length, heads, shape.head_size), shape.dtype, device, generator)
+        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    )
+    of_heads = torch.linspace(0.1, 0.9, shape.num_heads, device=device)
+
+    def attend(lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """Of prefixes of these lengths in one batch."""
+        places = torch.cat([torch.arange(n, device=device) for n in lengths])
+        bounds = torch.tensor([0, *lengths], device=device)
+        output = attention(
+            query[places],
+            key[places],
+            value[places],
+            bounds.cumsum(0, dtype=torch.int32),
+            max(lengths),
+            shape.spec,
+            sinks=of_heads if shape.sinks else None,
+            alibi_slopes=of_heads if shape.alibi else None,
+            implementation=shape.implementation,
+        )
+        return output.split(list(lengths))
+
+    (whole,) = attend((length,))
+    together = attend(TOKENS)
+    for count, beside in zip(TOKENS, together, strict=True):
+        what = f"{shape}, a prefix of {count} tokens"
+        _require_equal(f"{what} beside others", beside, whole[:count], length)
+        (alone,) = attend((count,))
+        _require_equal(f"{what} alone", alone, whole[:count], length)
+
+
+def _require_equal(
+    what: str, part: torch.Tensor, expected: torch.Tensor, of: int
+) -> None:
+    if torch.equal(part, expected):
+        return
+    gap = (part.double() - expected.double()).abs().max().item()
+    if part.is_cuda:
+        machine = torch.cuda.get_device_name(part.device)
+    else:
+        machine = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    raise BatchInvarianceError(
+        f"Not batch-invariant on {machine}: {what} of {of} differs by up to {gap:.3g} "
+        "from the same in the whole batch. Batch-invariant mode cannot be used for "
+        "this model on this machine; start without VLLM_BATCH_INVARIANT=1, or choose "
+        "another dtype or attention implementation."
+    )

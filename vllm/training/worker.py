@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What runs in the engine's workers, called by name from the front end.
+
+`llm.collective_rpc("call_training", args=("describe",))` gives one answer a worker.
+Arguments and results are plain values, which reach every executor's workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.training.parity.localise import ModuleRecorder
+from vllm.training.weights import EngineLoader
+
+__all__ = ["describe", "start_recording", "stop_recording"]
+
+_RECORDER = "_training_recorder"
+
+
+def call(worker: Any, function: str, *args: Any) -> Any:
+    """Run one of this module's functions.
+
+    Args:
+        worker: the engine's worker.
+        function: its name, one of `__all__`.
+        args: its other arguments.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if function not in __all__:
+        raise ValueError(
+            f"call_training has no function {function!r}; it has {', '.join(__all__)}."
+        )
+    return globals()[function](worker, *args)
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    """What a worker computes with.
+
+    Returns:
+        batch_invariant: whether the mode is on.
+        device: torch's device type; capability: CUDA's, as text, else empty.
+        dtype: of the model, such as "bfloat16".
+        attention: names of the attention backends in use, with FlashAttention's
+            version.
+        tp_size, tp_reduction_shards: see `ParallelContext`.
+        weights: fingerprints of the checkpoint's tensors by name; None where the model
+            has its own `load_weights`.
+        weights_missing: names of tensors that were never loaded.
+    """
+    device = worker.device
+    is_cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if is_cuda else ()
+    tp_size = worker.parallel_config.tensor_parallel_size
+    extra = worker.vllm_config.additional_config
+    shards = extra.get("tp_reduction_shards") if isinstance(extra, dict) else None
+    loader = getattr(worker.get_model(), "loader", None)
+    recorded = loader if isinstance(loader, EngineLoader) else None
+    return {
+        "batch_invariant": is_batch_invariant(),
+        "device": device.type,
+        "capability": ".".join(map(str, capability)),
+        "dtype": str(worker.model_config.dtype).removeprefix("torch."),
+        "attention": _attention_backends(worker),
+        "tp_size": tp_size,
+        "tp_reduction_shards": shards or tp_size,
+        "weights": dict(recorded.fingerprints) if recorded else None,
+        "weights_missing": recorded.never_loaded() if recorded else [],
+    }
+
+
+def _attention_backends(worker: Any) -> list[str]:
+    names = set()
+    for layer in worker.compilation_config.static_forward_context.values():
+        if isinstance(layer, upstream.Attention):
+            name = layer.attn_backend.get_name()
+            if name == "FLASH_ATTN":
+                impl: Any = layer.impl
+                name += f" version {impl.vllm_flash_attn_version}"
+            names.add(name)
+    return sorted(names)
+
+
+def start_recording(worker: Any) -> None:
+    """Record what every module computes from now on."""
+    model = worker.get_model()
+    recorder = ModuleRecorder(getattr(model, "module", model))
+    setattr(worker, _RECORDER, recorder)
+
+
+def stop_recording(worker: Any) -> list[dict[str, Any]]:
+    """End `start_recording`; see `ModuleRecorder.finish`."""
+    recorder = getattr(worker, _RECORDER)
+    delattr(worker, _RECORDER)
+    return recorder.finish()
