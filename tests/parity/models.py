@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
-    GeluAndMul,
+    Gelu,
     LayerNorm,
     ParallelLMHead,
     RotaryEmbedding,
@@ -74,17 +74,6 @@ LARGE = DEMO | {
 CONFIGS = {"demo": DEMO, "GPT-2": GPT2, "window": WINDOW, "large": LARGE}
 
 
-class Gelu(nn.Module):
-    """GELU by a kernel that compilation leaves alone, as it does not torch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gelu_and_mul = GeluAndMul("tanh")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.gelu_and_mul(torch.cat([x, torch.ones_like(x)], -1))
-
-
 class GPT2Block(nn.Module):
     def __init__(self, config: PreTrainedConfig, context: ParallelContext) -> None:
         super().__init__()
@@ -97,7 +86,7 @@ class GPT2Block(nn.Module):
         self.c_fc = ColumnParallelLinear(
             hidden, 4 * hidden, bias=True, parallel_context=context
         )
-        self.act = Gelu()
+        self.act = Gelu("tanh")
         self.c_proj = RowParallelLinear(
             4 * hidden, hidden, bias=True, parallel_context=context
         )

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Gated activations: ops, layers, and their backward."""
+"""Activations: ops, layers, and their backward."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import activation as engine
-from vllm.model_executor.layers.training import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.training import Gelu, GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.training.ops.activation import gelu as gelu_op
 from vllm.model_executor.layers.training.ops.activation import op
 from vllm.model_executor.layers.training.ops.activation.reference import (
     gelu_and_mul_reference,
@@ -207,3 +209,149 @@ def test_bad_input_is_refused(form):
         ValueError, match="approximate='erf'; it takes 'none' or 'tanh'"
     ):
         GeluAndMul("erf")
+
+
+each_gelu = pytest.mark.parametrize("approximate", ["none", "tanh"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")  # torch's bits depend on their number
+@each_gelu
+@each_dtype
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (3, 7, 128), (128, 3072), (0, 8)])
+def test_gelu_has_the_bits_of_torch(approximate, dtype, shape, device, assert_equal):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape)).to(device, dtype)
+    grad = torch.randn(shape).to(device, dtype)
+    expected = results(lambda x: F.gelu(x, approximate=approximate), x, grad)
+    for what, a, b in zip(
+        ("output", "gradient"), results(Gelu(approximate), x, grad), expected
+    ):
+        assert_equal(what, a, b)
+    with torch.inference_mode():
+        assert_equal("inference", Gelu(approximate)(x), expected[0])
+
+
+@each_gelu
+@each_dtype
+@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (3, 1001)])
+def test_gelu_of_any_shape_is_accurate(
+    approximate, dtype, shape, device, assert_as_accurate
+):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape)).to(device, dtype)
+    grad = torch.randn(shape).to(device, dtype)
+
+    def plain(x):
+        return F.gelu(x, approximate=approximate)
+
+    for what, *tensors in zip(
+        ("output", "gradient"),
+        results(Gelu(approximate), x, grad),
+        results(plain, x, grad),
+        results(plain, x.double(), grad.double()),
+    ):
+        assert_as_accurate(what, *tensors)
+
+
+@each_gelu
+@each_dtype
+@pytest.mark.parametrize("size", [1, 5, 64, 1000])
+def test_a_row_of_gelu_does_not_depend_on_others(
+    approximate, dtype, size, device, assert_equal
+):
+    torch.manual_seed(0)
+    layer = Gelu(approximate)
+    x = torch.randn(123, size, device=device).to(dtype)
+    grad = torch.randn(123, size, device=device).to(dtype)
+    whole = results(layer, x, grad)
+    apart = torch.stack([x, grad], -1)  # rows strided
+    strided = results(layer, apart[..., 0], apart[..., 1])
+    for what, a, b in zip(("output", "gradient"), strided, whole):
+        assert_equal(f"strided {what}", a, b)
+    for rows in (slice(0, 1), slice(7, 8), slice(11, 74), slice(122, 123)):
+        alone = results(layer, x[rows], grad[rows])
+        for what, a, b in zip(("output", "gradient"), alone, whole):
+            assert_equal(f"{what} of {rows}", a, b[rows])
+
+
+@pytest.mark.usefixtures("one_thread")
+@each_gelu
+@each_dtype
+@pytest.mark.parametrize("size", [16385, 32769, 98304, 200207])
+def test_gelu_does_not_depend_on_threads(approximate, dtype, size, assert_equal):
+    """Plain torch does: it computes the end of each thread's part otherwise."""
+    torch.manual_seed(0)
+    layer = Gelu(approximate)
+    x, grad = (3 * torch.randn(size)).to(dtype), torch.randn(size).to(dtype)
+    one = results(layer, x, grad)
+    for count in (2, 3, 5, 7):
+        torch.set_num_threads(count)
+        for what, a, b in zip(("output", "gradient"), results(layer, x, grad), one):
+            assert_equal(f"{what} by {count} threads", a, b)
+
+
+@each_gelu
+@each_dtype
+def test_opcheck_of_gelu(approximate, dtype, device):
+    tanh = approximate == "tanh"
+    x = torch.randn(5, 12, device=device).to(dtype)
+    for each in (x, x.T):
+        torch.library.opcheck(gelu_op._gelu, (each.requires_grad_(), tanh))
+        x = each.detach()
+        torch.library.opcheck(gelu_op._gelu_backward, (x.flip(0), x, tanh))
+
+
+@each_gelu
+@each_dtype
+def test_compiled_gelu_has_the_bits_of_eager(approximate, dtype, device, assert_equal):
+    """By the default compiler, whose own GELU has others in fp32."""
+    layer = Gelu(approximate)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for rows in (5, 63):
+        x, grad = (torch.randn(rows, 24, device=device).to(dtype) for _ in range(2))
+        for a, b in zip(results(compiled, x, grad), results(layer, x, grad)):
+            assert_equal("compiled", a, b)
+        with torch.inference_mode():
+            assert_equal("inference", compiled(x), layer(x))
+
+
+@each_gelu
+def test_gelu_in_fp64_and_on_meta_is_plain_torch(approximate, assert_equal):
+    layer = Gelu(approximate)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
+    assert_equal("output", layer(x), F.gelu(x, approximate=approximate))
+    assert layer(torch.empty(3, 8, device="meta")).shape == (3, 8)
+
+
+@each_gelu
+@each_dtype
+def test_gelu_keeps_its_dtype_under_autocast(approximate, dtype, device, assert_equal):
+    torch.manual_seed(0)
+    layer = Gelu(approximate)
+    x, grad = (torch.randn(5, 24, device=device).to(dtype) for _ in range(2))
+    expected = results(layer, x, grad)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = results(layer, x, grad)
+    for what, a, b in zip(("output", "gradient"), actual, expected):
+        assert_equal(what, a, b)
+
+
+def test_gelu_refuses_bad_input():
+    with pytest.raises(
+        ValueError, match="Gelu got approximate='erf'; it takes 'none' or 'tanh'"
+    ):
+        Gelu("erf")
+    with pytest.raises(ValueError, match="dtype torch.int64; .*floating-point"):
+        Gelu()(torch.zeros(2, 8, dtype=torch.int64))

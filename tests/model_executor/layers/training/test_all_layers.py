@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    Gelu,
     GeluAndMul,
     LayerNorm,
     MergedColumnParallelLinear,
@@ -83,6 +84,10 @@ LAYERS = {
     ),
     SiluAndMul: (
         lambda dtype: SiluAndMul(),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    Gelu: (
+        lambda dtype: Gelu(),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
     GeluAndMul: (
@@ -203,7 +208,7 @@ def test_the_compiler_sees_one_graph(kind, assert_equal):
 
 @pytest.mark.parametrize(
     "kind",
-    [RMSNorm, LayerNorm, SiluAndMul, GeluAndMul, TrainableAttention],
+    [RMSNorm, LayerNorm, SiluAndMul, Gelu, GeluAndMul, TrainableAttention],
     ids=lambda kind: kind.__name__,
 )
 def test_a_second_derivative_is_refused(kind):

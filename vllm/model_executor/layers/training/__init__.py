@@ -2,7 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Layers that are trained under plain autograd and served by vLLM's engine."""
 
-from vllm.model_executor.layers.training.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.training.activation import (
+    Gelu,
+    GeluAndMul,
+    SiluAndMul,
+)
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer, skip_init
 from vllm.model_executor.layers.training.embedding import (
@@ -27,6 +31,7 @@ from vllm.model_executor.layers.training.rotary import RotaryEmbedding
 
 __all__ = [
     "ColumnParallelLinear",
+    "Gelu",
     "GeluAndMul",
     "LayerNorm",
     "MergedColumnParallelLinear",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Gated activations."""
+"""Activations, gated and plain."""
 
 from __future__ import annotations
 
 import torch
 
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.ops.activation.gelu import gelu
 from vllm.model_executor.layers.training.ops.activation.op import (
     gelu_and_mul,
     silu_and_mul,
@@ -44,11 +45,7 @@ class GeluAndMul(TrainingLayer):
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
-        if approximate not in ("none", "tanh"):
-            raise ValueError(
-                f"GeluAndMul got approximate={approximate!r}; it takes 'none' or "
-                "'tanh'."
-            )
+        _check_approximate("GeluAndMul", approximate)
         self.approximate = approximate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,3 +61,43 @@ class GeluAndMul(TrainingLayer):
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
+
+
+class Gelu(TrainingLayer):
+    """GELU, such as GPT-2's (arXiv:1606.08415).
+
+    Trainer and engine run the same op. Compiled, `torch.nn.functional.gelu` has other
+    bits than in eager mode; the op has not.
+
+    Args:
+        approximate: as in `GeluAndMul`.
+
+    Raises:
+        ValueError: another `approximate`.
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        _check_approximate("Gelu", approximate)
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the activation.
+
+        Args:
+            x: of any shape, floating point.
+
+        Returns:
+            shape and dtype of x.
+        """
+        return gelu(x, self.approximate == "tanh")
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+def _check_approximate(layer: str, approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(
+            f"{layer} got approximate={approximate!r}; it takes 'none' or 'tanh'."
+        )
