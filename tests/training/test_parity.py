@@ -41,7 +41,7 @@ def model() -> GenericTransformerForCausalLM:
 def trainer_logprobs(model, ids) -> torch.Tensor:
     """Of the token after each, shape = [len(ids), vocab_size]."""
     scorer = Scorer(model)
-    (hidden_states,) = scorer.hidden_states([ids])
+    hidden_states = scorer.hidden_states([ids], [range(len(ids))])
     return torch.cat(list(scorer.full_logprobs(hidden_states, 1.0)))
 
 
@@ -81,6 +81,18 @@ def test_equal_outputs(model, full, of_prompt):
     fields = json.loads(report.to_json())
     assert fields["all_equal"] and fields["tokens"] == report.tokens
     assert "first difference      none" in str(report)
+
+
+@pytest.mark.parametrize("missing", [{}, None, "all after the first"])
+def test_tokens_without_logprobs_are_refused(model, missing):
+    output = an_output(model)
+    logprobs = output.outputs[0].logprobs
+    if missing == "all after the first":
+        del logprobs[1:]
+    else:
+        logprobs[2] = missing
+    with pytest.raises(ValueError, match="4 tokens, but not a logprob for each"):
+        parity.compare(model, [output])
 
 
 def test_one_ulp_is_a_difference(model):
@@ -146,7 +158,8 @@ def test_a_temperature(model):
     """Prompt logprobs have none, as the engine computes them."""
     output = an_output(model, of_prompt=True)
     scorer = Scorer(model)
-    (hidden_states,) = scorer.hidden_states([PROMPT + SAMPLED])
+    whole = PROMPT + SAMPLED
+    hidden_states = scorer.hidden_states([whole], [range(len(whole))])
     logprobs = scorer.token_logprobs(hidden_states[2:-1], torch.tensor(SAMPLED), 0.7)
     for value, token, entry in zip(logprobs, SAMPLED, output.outputs[0].logprobs):
         entry[token].logprob = value.item()
@@ -239,7 +252,7 @@ def test_localise(model):
 
     def record():
         recorder = ModuleRecorder(model)
-        list(Scorer(model).hidden_states([PROMPT]))
+        Scorer(model).hidden_states([PROMPT], [[0]])
         return recorder.finish()
 
     before = record()

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`parity.check` with engines, and what it refuses."""
 
-import copy
 import importlib
 import json
 import sys
@@ -214,9 +213,13 @@ def test_weights_that_cannot_be_compared():
     assert "load_weights of its own" in refusals._weights(model, [known])[1]
     known = {"weights": {}, "weights_missing": ["a", "b"]}
     assert "never loaded a, b" in refusals._weights(model, [known])[1]
-    sharded = copy.deepcopy(model)
+
+
+def test_a_sharded_trainer_is_told_how_all_its_ranks_compare():
+    sharded = a_model()
     sharded.lm_head.tp_size = 2
-    assert "tensor parallelism" in refusals._weights(sharded, [known])[1]
+    (reason,) = refusals._trainer(sharded, {})
+    assert "call parity.compare(model, outputs) on each" in reason
 
 
 def test_self_check():

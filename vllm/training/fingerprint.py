@@ -77,7 +77,7 @@ def _words(rows: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _factors(count: int, device: torch.device) -> torch.Tensor:
     """Odd numbers that look random, int64, shape = [count]; by SplitMix64."""
-    state = torch.arange(1, count + 1) * _signed(0x9E3779B97F4A7C15)
+    state = torch.arange(1, count + 1, device="cpu") * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ _shift_right(state, shift)) * _signed(factor)
     return ((state ^ _shift_right(state, 31)) | 1).to(device)

@@ -66,6 +66,10 @@ def all_reduce(communicator: Any, input_: torch.Tensor) -> torch.Tensor:
     return input_.copy_(ordered_sum(gathered).view(input_.shape))
 
 
+# Of queries times heads of one KV head, in the kernel.
+ROWS_OF_A_TILE = 8
+
+
 class Pieces(NamedTuple):
     """Requests cut into pieces, which the attention kernel takes for requests.
 
@@ -101,7 +105,7 @@ def cut_requests(
         query_start_loc: shape = [num_reqs + 1], int32
         seq_lens: tokens in the cache after this step, shape = [num_reqs], int32
         block_table: shape = [num_reqs, max_blocks], int32
-        causal: whether attention is; other attention is not cut.
+        causal: whether attention is.
         num_heads: query heads.
         num_kv_heads: key/value heads.
 
@@ -113,8 +117,8 @@ def cut_requests(
             "VLLM_BATCH_INVARIANT=1 on CPU has causal attention only; this layer's is "
             "not. Unset VLLM_BATCH_INVARIANT."
         )
-    rows, rest = divmod(8, num_heads // num_kv_heads)
-    longest = 8 if rest or not rows else rows
+    rows, rest = divmod(ROWS_OF_A_TILE, num_heads // num_kv_heads)
+    longest = ROWS_OF_A_TILE if rest or not rows else rows
     lengths = query_start_loc.diff()
     counts = (lengths + (longest - 1)) // longest
     request = torch.arange(len(lengths)).repeat_interleave(counts)

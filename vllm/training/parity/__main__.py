@@ -9,14 +9,13 @@ logprob differs.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-# Read when the engine starts, by its workers too.
-os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 import matplotlib
 import torch
@@ -30,7 +29,6 @@ from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.files import whole_file
 from vllm.training.parity import ParityReport, check, self_check
 from vllm.training.weights import load_checkpoint
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -75,6 +73,8 @@ def arguments() -> argparse.Namespace:
 
 def start_engine(args: argparse.Namespace) -> LLM:
     """The engine, in batch-invariant mode."""
+    # Read when the engine starts, by its workers too.
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
     fields = json.loads((args.model_dir / "config.json").read_text())
     for arch in fields["architectures"]:
         ModelRegistry.register_model(arch, args.builder)
@@ -94,7 +94,8 @@ def start_engine(args: argparse.Namespace) -> LLM:
 
 def build_trainer(args: argparse.Namespace, llm: LLM) -> nn.Module:
     """The builder's module in this process, with the checkpoint's weights."""
-    spec = BuilderSpec.of(resolve_obj_by_qualname(args.builder.replace(":", ".")))
+    module, _, name = args.builder.partition(":")
+    spec = BuilderSpec.of(attrgetter(name)(importlib.import_module(module)))
     config = llm.llm_engine.vllm_config
     device = torch.device(upstream.current_platform.device_type)
     available = {

@@ -113,7 +113,7 @@ def _find_layer(
         engine = llm.collective_rpc("call_training", args=("stop_recording",))[0]
     recorder = ModuleRecorder(scorer.model)
     try:
-        list(scorer.hidden_states([ids]))
+        scorer.hidden_states([ids], [[0]])
     finally:
         trainer = recorder.finish()
     return first_differing_module(engine, trainer)

@@ -103,11 +103,8 @@ def compare_with(
             "Give at least one prompt and generate with "
             "SamplingParams(logprobs=0, max_tokens=n)."
         )
-    rows = torch.cat(
-        [
-            hidden[torch.tensor([each.position - 1 for each in scored])]
-            for hidden, scored in zip(scorer.hidden_states(sequences), tokens)
-        ]
+    rows = scorer.hidden_states(
+        sequences, [[each.position - 1 for each in scored] for scored in tokens]
     )
     found: TokenDifferences | None = None
     for sampled in (True, False):
@@ -140,6 +137,13 @@ def _scored_tokens(
             raise ValueError(
                 f"Output {request} has no logprobs; generate with "
                 "SamplingParams(logprobs=0), or logprobs=-1 for the full vocabulary."
+            )
+        if len(completion.logprobs or ()) != len(ids) or not all(
+            completion.logprobs or ()
+        ):
+            raise ValueError(
+                f"Output {request} has {len(ids)} tokens, but not a logprob for each; "
+                "pass the outputs as the engine returned them."
             )
         sequence = prompt + ids
         # A prompt's are the same in every completion; its first token has none.

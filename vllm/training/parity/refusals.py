@@ -47,6 +47,13 @@ def refuse_incomparable(
     reasons = list(_engine_settings(llm, full_vocab, localise))
     workers = llm.collective_rpc("call_training", args=("describe",))
     reasons += _engine_state(workers[0])
+    if localise and workers[0]["tp_size"] > 1:
+        reasons.append(
+            "localise=True compares modules' outputs, of which each worker of a "
+            f"tensor-parallel engine has a part (tp_size={workers[0]['tp_size']}): "
+            "start it with tensor_parallel_size=1 and "
+            f'additional_config={{"tp_reduction_shards": {workers[0]["tp_size"]}}}.'
+        )
     if not reasons:
         # Only an engine that could be equal is compared with the trainer.
         reasons += _trainer(model, workers[0])
@@ -124,6 +131,16 @@ def _engine_state(worker: dict[str, Any]) -> Iterator[str]:
 
 def _trainer(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]:
     parameters = list(model.parameters())
+    layers = (m for m in model.modules() if isinstance(m, TrainingLayer))
+    if any(layer.tp_size > 1 for layer in layers) or any(
+        isinstance(parameter, DTensor) for parameter in parameters
+    ):
+        yield (
+            "The trainer is sharded over processes, which all have to score together: "
+            "generate on one of them, send the outputs to all, and call "
+            "parity.compare(model, outputs) on each."
+        )
+        return
     device = parameters[0].device
     capability = ""
     if device.type == "cuda":
@@ -135,9 +152,8 @@ def _trainer(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]:
             f"The trainer is on {here}, the engine on {there}: move the trainer to "
             "such a device, their kernels add up in different orders."
         )
-    plain = [p for p in parameters if not isinstance(p, DTensor)]
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in plain}
-    if dtypes and worker["dtype"] not in dtypes:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
+    if worker["dtype"] not in dtypes:
         given = ", ".join(sorted(dtypes))
         yield (
             f"The trainer's parameters are {given}, the engine computes in "
@@ -210,11 +226,6 @@ def _implementation(model: nn.Module, layer: TrainableAttention) -> str | None:
 
 def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str], str]:
     """Reasons to refuse, and why the weights could not be compared."""
-    layers = (m for m in model.modules() if isinstance(m, TrainingLayer))
-    if any(layer.tp_size > 1 for layer in layers):
-        return [], "the trainer's are sharded by tensor parallelism"
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return [], "the trainer's are sharded by FSDP"
     if any(worker["weights"] is None for worker in workers):
         return [], "the engine's model has a load_weights of its own"
     missing = workers[0]["weights_missing"]
@@ -227,9 +238,12 @@ def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str]
             name = names[0]
             reason = (
                 f"{len(names)} of {len(own)} weights differ, first {name}: engine "
-                f"{worker['weights'].get(name)}, trainer {own.get(name)}. Send the "
-                "engine the trainer's: llm.collective_rpc('reload_weights', "
-                "kwargs={'weights_iterator': list(checkpoint_tensors(model))})."
+                f"{worker['weights'].get(name)}, trainer {own.get(name)} (dtype, "
+                "shape and a sum of the bits). Send the engine the trainer's: "
+                "save_checkpoint(model, directory), llm.collective_rpc("
+                "'reload_weights', kwargs={'weights_path': directory}), "
+                "llm.reset_prefix_cache(); a trainer of several dtypes is cast to the "
+                "engine's and cannot be equal."
             )
             return [reason], ""
     return [], ""

@@ -28,7 +28,8 @@ class Difference:
         engine: the engine's logprob.
         trainer: the trainer's logprob.
         layer: path of the first module whose output differs; None if not looked for,
-            or if a prefill agrees in every module, so that decoding differs.
+            or if a prefill agrees in every module, so that decoding, the head or the
+            sampler differs.
     """
 
     request: int

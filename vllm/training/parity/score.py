@@ -50,13 +50,20 @@ class Scorer:
         return self.model.get_submodule(self.head_path)
 
     def hidden_states(
-        self, sequences: Sequence[Sequence[int]]
-    ) -> Iterator[torch.Tensor]:
-        """What the head receives, of each sequence, shape = [len(sequence), hidden].
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        """What the head receives at some positions of each sequence, one by one.
+
+        Returns:
+            shape = [number of positions, hidden_size].
 
         Raises:
             TypeError: the model changes the output of its head.
         """
+        chosen = iter(positions)
+        found = []
         with _scoring(self.model), _tapped(self.head) as tap:
             for pack in self._packs(sequences):
                 output = self._forward(pack)
@@ -68,7 +75,9 @@ class Scorer:
                         "head into the head module."
                     )
                 rows = output.reshape(-1, output.shape[-1])
-                yield from rows.split([len(sequence) for sequence in pack])
+                for states in rows.split([len(sequence) for sequence in pack]):
+                    found.append(states[torch.tensor(list(next(chosen)))])
+        return torch.cat(found)
 
     def token_logprobs(
         self, hidden_states: torch.Tensor, targets: torch.Tensor, temperature: float

@@ -103,6 +103,24 @@ def test_a_product_is_accurate_and_has_gradients(dtype, assert_as_accurate):
         assert_as_accurate(name, *results)
 
 
+@pytest.mark.parametrize(
+    ("x_shape", "dtype", "bias_size"),
+    [
+        ((3, 31), torch.float16, 8),
+        ((3, 32), torch.bfloat16, 8),
+        ((3, 32), torch.float16, 7),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(x_shape, dtype, bias_size):
+    weight = torch.zeros(8, 32, dtype=torch.float16)
+    x, bias = torch.zeros(x_shape, dtype=dtype), torch.zeros(bias_size, dtype=dtype)
+    with (
+        batch_invariant(),
+        pytest.raises(ValueError, match=r"got x: torch\.\w+ \(3, 3\d\) on"),
+    ):
+        linear(x, weight, bias)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_models_bits_do_not_depend_on_what_else_is_computed(dtype, assert_equal):
     model = make_model(dtype)

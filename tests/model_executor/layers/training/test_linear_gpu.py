@@ -246,16 +246,6 @@ def test_few_rows_can_be_proven_too(kernels, weight):
     assert gpu.prove(4, weight) is False
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "dtype", "bias_size"),
-    [((3, 31), BF16, 512), ((3, 32), torch.float16, 512), ((3, 32), BF16, 511)],
-)
-def test_wrong_arguments(x_shape, dtype, bias_size, weight):
-    x, bias = torch.zeros(x_shape, dtype=dtype), torch.zeros(bias_size, dtype=BF16)
-    with pytest.raises(ValueError, match=r"x: torch\.\w+ \(3, 3\d\) on cpu"):
-        gpu.in_order_linear(x, weight, bias)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_torch_settings_hold_for_the_call_only(dtype, fails, weight, monkeypatch):

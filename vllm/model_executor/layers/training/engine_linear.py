@@ -33,19 +33,20 @@ class _ShardedProducts(upstream.UnquantizedLinearMethod):
         self.num_shards = num_shards
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        shards = [w.contiguous() for w in layer.weight.data.chunk(self.num_shards, 1)]
+        # On CUDA the weight stays where a captured graph reads it.
+        layer.packed = None
         if layer.weight.device.type == "cpu" and is_batch_invariant():
-            layer.shards = [PackedWeight(shard) for shard in shards]
-        else:
-            layer.shards = shards
-        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+            shards = layer.weight.data.chunk(self.num_shards, 1)
+            layer.packed = [PackedWeight(shard.contiguous()) for shard in shards]
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def apply(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """All products, shape = [num_shards, ..., out_features]; bias in the first."""
         products = []
-        for part, shard in zip(x.chunk(self.num_shards, -1), layer.shards, strict=True):
+        shards = layer.packed or layer.weight.chunk(self.num_shards, 1)
+        for part, shard in zip(x.chunk(self.num_shards, -1), shards, strict=True):
             if isinstance(shard, PackedWeight):
                 products.append(shard(part, bias))
             else:

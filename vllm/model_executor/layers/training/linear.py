@@ -211,9 +211,7 @@ class RowParallelLinear(ParallelLinear):
             self._check_input(x, self.input_size)
             x = split_to_group(x, self.parallel_context)
         bias = self.bias if self.tp_rank == 0 else None
-        weights = self.weight.chunk(self.num_products, 1)
-        first, *others = zip(x.chunk(self.num_products, -1), weights, strict=True)
-        products = [linear(*first, bias), *(linear(*other) for other in others)]
+        products = self._products(x, bias)
         if self.has_bias and self.tp_rank > 0:
             products[0] = _BiasGradient.apply(products[0], self.bias)
         if not self.reduce_results:
@@ -223,6 +221,16 @@ class RowParallelLinear(ParallelLinear):
         else:
             output = reduce_from_group(products[0], self.parallel_context)
         return self._finish(output)
+
+    def _products(
+        self, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """This rank's, the bias in the first."""
+        if self.num_products == 1:
+            return [linear(x, self.weight, bias)]
+        weights = self.weight.chunk(self.num_products, 1)
+        first, *others = zip(x.chunk(self.num_products, -1), weights, strict=True)
+        return [linear(*first, bias), *(linear(*other) for other in others)]
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         options = self._engine_arguments(vllm_config, prefix)

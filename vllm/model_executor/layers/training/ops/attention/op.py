@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from vllm.model_executor.layers.training.attention_layout import check_sequences
+from vllm.model_executor.layers.training.batch_invariance import (
+    batch_invariant as mode,
+)
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import (
@@ -241,9 +245,11 @@ def _forward(
     )
     if not query.numel():
         return _fake(query)
-    return kernel.function(
-        query, key, value, cu_seqlens, max_seqlen, sinks, alibi_slopes, *features
-    )
+    # A checkpoint's second forward may run where the mode is off.
+    with mode() if batch_invariant else nullcontext():
+        return kernel.function(
+            query, key, value, cu_seqlens, max_seqlen, sinks, alibi_slopes, *features
+        )
 
 
 def _backward(

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.training.ops.library import (
     KERNEL_DTYPES,
     autocast_dtype,
     define_op,
+    described,
     from_rows,
     rows_of,
 )
@@ -44,6 +45,10 @@ def linear(
 
     Returns:
         shape = [..., out_features], dtype of x, or autocast's where that is on.
+
+    Raises:
+        ValueError: in the mode, shapes, dtypes or devices that do not fit; otherwise
+            torch raises.
     """
     if not is_batch_invariant() or x.is_meta:
         return F.linear(x, weight, bias)
@@ -53,7 +58,24 @@ def linear(
         bias = None if bias is None else bias.to(dtype)
     if x.dtype not in KERNEL_DTYPES:
         return F.linear(x, weight, bias)
+    _check(x, weight, bias)
     return from_rows(_linear(rows_of(x), weight, bias), x)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if (
+        weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and (x.dtype, x.device) == (weight.dtype, weight.device)
+        and (bias is None or bias.shape == weight.shape[:1])
+        and (bias is None or (bias.dtype, bias.device) == (x.dtype, x.device))
+    ):
+        return
+    raise ValueError(
+        "A linear layer takes x of shape [..., K], a weight of shape [N, K] and a bias "
+        "of shape [N], of one dtype and on one device; got "
+        f"{described(x=x, weight=weight, bias=bias)}."
+    )
 
 
 def _fake(
