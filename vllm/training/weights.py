@@ -23,6 +23,7 @@ from torch import nn
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
     ShardPart,
@@ -231,8 +232,8 @@ class EngineLoader:
         complete: Whether the first load has to bring every tensor.
 
     Attributes:
-        fingerprints: Of each tensor that was loaded, in its parameter's dtype, by
-            its name in the layout; for `vllm.training.parity`.
+        fingerprints: Of each tensor that was loaded in batch-invariant mode, in its
+            parameter's dtype, by its name in the layout; for `vllm.training.parity`.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class EngineLoader:
                 for part, piece in entry.pieces(tensor):
                     shard_id = () if part.shard_id is None else (part.shard_id,)
                     load(target, piece, *shard_id)
-            if entry.parameter in targets:
+            if is_batch_invariant() and entry.parameter in targets:
                 self._record(entry, tensor, targets[entry.parameter])
             loaded.add(entry.parameter)
         return loaded

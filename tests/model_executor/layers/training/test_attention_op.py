@@ -266,7 +266,7 @@ def test_opcheck(with_all):
     features = FEATURES["all" if with_all else "plain"]
     q, k, v, sinks, alibi = make_inputs([3, 0, 9], 16, torch.float32, features)
     spec = spec_of(features, 16)
-    options = (spec.scale, True, spec.window, spec.soft_cap, "", False)
+    options = (spec.scale, True, spec.window, spec.soft_cap, "", False, False)
     shared = (bounds([3, 0, 9]), 9)
     torch.library.opcheck(
         torch.ops.vllm_training.attention.default,
