@@ -17,7 +17,8 @@ from vllm.model_executor.layers.training.linear import RowParallelLinear
 from vllm.model_executor.layers.training.ops.attention.table import (
     IMPLEMENTATIONS,
     Request,
-    objections,
+    default_for,
+    used_features,
 )
 from vllm.training.fingerprint import differing, fingerprint
 from vllm.training.weights import checkpoint_tensors
@@ -205,23 +206,23 @@ def _implementation(model: nn.Module, layer: TrainableAttention) -> str | None:
         return layer.implementation
     parameter = next(model.parameters())
     is_cuda = parameter.is_cuda
-    features = {
-        "sliding_window": layer.spec.sliding_window,
-        "logits_soft_cap": layer.spec.logits_soft_cap,
-        "sinks": layer.sinks is not None,
-        "alibi_slopes": layer.alibi_slopes is not None,
-    }
     request = Request(
         parameter.device.type,
         torch.cuda.get_device_capability(parameter.device) if is_cuda else (0, 0),
         parameter.dtype,
         layer.num_heads,
         layer.head_size,
-        tuple(name for name, used in features.items() if used),
+        used_features(
+            causal=layer.spec.causal,
+            window=layer.spec.window,
+            soft_cap=layer.spec.soft_cap,
+            sinks=layer.sinks is not None,
+            alibi_slopes=layer.alibi_slopes is not None,
+        ),
         layer.deterministic,
         True,
     )
-    return next((n for n in IMPLEMENTATIONS if not objections(n, request)), None)
+    return default_for(request)
 
 
 def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str], str]:

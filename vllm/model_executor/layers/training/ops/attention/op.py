@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 
+from vllm.model_executor.layers.training import batch_invariance
 from vllm.model_executor.layers.training.attention_layout import check_sequences
-from vllm.model_executor.layers.training.batch_invariance import (
-    batch_invariant as mode,
-)
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import (
     Kernel,
     Request,
     check_name,
     choose,
+    used_features,
 )
 from vllm.model_executor.layers.training.ops.library import (
     SUPPORTED_DTYPES,
@@ -101,7 +99,7 @@ def attention(
         spec.soft_cap,
         implementation or "",
         deterministic or torch.are_deterministic_algorithms_enabled(),
-        is_batch_invariant() and query.dtype != torch.float64,
+        batch_invariance.is_batch_invariant() and query.dtype != torch.float64,
     )
     return output
 
@@ -194,13 +192,6 @@ def _choose(
     batch_invariant: bool,
 ) -> tuple[Kernel, Kernel]:
     _, causal, window, soft_cap = features
-    used = {
-        "non_causal": not causal,
-        "sliding_window": window,
-        "logits_soft_cap": soft_cap,
-        "sinks": sinks is not None,
-        "alibi_slopes": alibi_slopes is not None,
-    }
     is_cuda = query.device.type == "cuda"
     request = Request(
         query.device.type,
@@ -208,7 +199,13 @@ def _choose(
         query.dtype,
         query.shape[1],
         query.shape[2],
-        tuple(name for name, is_used in used.items() if is_used),
+        used_features(
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks is not None,
+            alibi_slopes=alibi_slopes is not None,
+        ),
         deterministic,
         batch_invariant,
     )
@@ -246,7 +243,7 @@ def _forward(
     if not query.numel():
         return _fake(query)
     # A checkpoint's second forward may run where the mode is off.
-    with mode() if batch_invariant else nullcontext():
+    with batch_invariance.batch_invariant() if batch_invariant else nullcontext():
         return kernel.function(
             query, key, value, cu_seqlens, max_seqlen, sinks, alibi_slopes, *features
         )

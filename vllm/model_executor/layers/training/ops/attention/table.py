@@ -280,6 +280,25 @@ IMPLEMENTATIONS = {
 }
 
 
+def used_features(
+    *, causal: bool, window: object, soft_cap: object, sinks: bool, alibi_slopes: bool
+) -> tuple[str, ...]:
+    """`Request.features` of attention with these; a window or cap counts if truthy."""
+    used = {
+        "non_causal": not causal,
+        "sliding_window": window,
+        "logits_soft_cap": soft_cap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+    }
+    return tuple(name for name, is_used in used.items() if is_used)
+
+
+def default_for(request: Request) -> str | None:
+    """Name of the first implementation that can compute a request; None: none can."""
+    return next((n for n in IMPLEMENTATIONS if not objections(n, request)), None)
+
+
 def choose(request: Request, name: str = "") -> tuple[Kernel, Kernel]:
     """The forward and the backward for a request.
 
@@ -299,8 +318,7 @@ def choose(request: Request, name: str = "") -> tuple[Kernel, Kernel]:
                 f"{'; '.join(reasons)}. Those that can: {', '.join(able) or 'none'}."
             )
     else:
-        names = (n for n in IMPLEMENTATIONS if not objections(n, request))
-        name = next(names, "")
+        name = default_for(request) or ""
         if not name:
             raise ValueError(f"No attention implementation can compute {request}.")
     _log_choice(name, request.device_type, ", ".join(request.features) or "none")

@@ -94,14 +94,7 @@ def in_order_linear(
     if not (x.numel() and weight.numel()):
         output = x.new_zeros(x.shape[0], weight.shape[0])
         return output if bias is None else output + bias
-    packed = PackedWeight(weight)
-    return _multiply(
-        x,
-        bias,
-        packed.handle,
-        packed.out_features,
-        packed.product_dtype == torch.float32,
-    )
+    return PackedWeight(weight)(x, bias)
 
 
 def _multiply(

@@ -97,7 +97,7 @@ def in_order_linear(
         return candidate(x, weight, bias)
     if candidate is not None and _verdict(candidate, x, weight, bias):
         return candidate(x, weight, bias)
-    if x.shape[0] <= SOME_ROWS and _has_rows_of_half(x, weight):
+    if x.shape[0] <= SOME_ROWS and _has_fast_kernels(x, weight):
         return few_rows_linear(x, weight, bias)
     return _reference(x, weight, bias)
 
@@ -130,14 +130,14 @@ def verdicts() -> dict[Form, bool]:
 
 def _candidate(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., Any] | None:
     """The kernel that would be faster than vLLM's; None: there is none."""
-    if not _has_rows_of_half(x, weight):
+    if not _has_fast_kernels(x, weight):
         return None
     if x.shape[0] <= FEW_ROWS:
         return few_rows_linear
     return cublaslt_linear if _has_in_order_cublas(x.get_device()) else None
 
 
-def _has_rows_of_half(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _has_fast_kernels(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.dtype in _SPLIT_K_SETTING and x.stride(1) == weight.stride(1) == 1
 
 
