@@ -51,9 +51,10 @@ class Kernel:
         self.calls = 0
         self.__name__ = "a_kernel"
 
-    def __call__(self, x, weight, bias):
+    def __call__(self, x, weight, bias, output=None):
         self.calls += 1
-        return self.product(x, weight, bias)
+        result = self.product(x, weight, bias)
+        return result if output is None else output.copy_(result)
 
 
 @pytest.fixture
@@ -66,6 +67,11 @@ def kernels(monkeypatch):
         monkeypatch.setattr(gpu, name, kernel)
     monkeypatch.setattr(gpu, "_has_in_order_cublas", lambda device: True)
     monkeypatch.setattr(gpu, "_verdicts", {})
+
+    def new_empty(self, *shape):
+        return aligned(torch.empty(shape, dtype=self.dtype))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     return kernels
 
 
@@ -122,6 +128,35 @@ def test_cublaslt_is_used_once_it_is_proven(kernels, calls, weight):
     # Other numbers in the same form.
     used = calls(gpu.in_order_linear, x.neg_(), weight.mul_(3), None)
     assert used == {"cublaslt_linear": 1}
+
+
+def test_sizes_of_pieces():
+    """They cover all rows with little overlap, and are few over all numbers of rows."""
+    sizes = set()
+    for num_rows in range(gpu.EXACT_ROWS + 1, 40000):
+        first, *others = gpu.row_pieces(num_rows)
+        assert first.start == 0
+        end = first.stop
+        for piece in others:
+            assert piece.start <= end and piece.stop - piece.start == first.stop
+            end = piece.stop
+        assert end == num_rows
+        assert (1 + len(others)) * first.stop <= num_rows + max(128, num_rows // 32)
+        sizes.add(first.stop)
+    assert len(sizes) < 500
+    assert [len(gpu.row_pieces(n)) for n in (1, 77, 512, 8192, 16384)] == [1] * 5
+
+
+def test_many_rows_in_two_pieces(kernels, calls, weight):
+    memory = rows(1101)
+    x = memory[:1025]
+    output = gpu.in_order_linear(x, weight, None)
+    assert torch.equal(output, in_order(x, weight))
+    assert calls(gpu.in_order_linear, x, weight, None) == {"cublaslt_linear": 2}
+    # As many others are of no new form.
+    known = gpu.verdicts()
+    assert calls(gpu.in_order_linear, memory, weight, None) == {"cublaslt_linear": 2}
+    assert gpu.verdicts() == known
 
 
 def test_other_bits_are_refused(kernels, calls, weight):
@@ -269,17 +304,17 @@ def test_torch_settings_hold_for_the_call_only(dtype, fails, weight, monkeypatch
 
     seen = []
 
-    def linear(*args):
+    def multiply(*args, out):
         seen.append(settings())
         if fails:
             raise RuntimeError("failed")
 
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", library)
-    monkeypatch.setattr(gpu.F, "linear", linear)
+    monkeypatch.setattr(torch, "mm", multiply)
     matmul.allow_fp16_accumulation = True
     before = settings()
     try:
-        gpu.cublaslt_linear(rows(2, dtype), weight.to(dtype), None)
+        gpu.cublaslt_linear(rows(2, dtype), weight.to(dtype), None, rows(2, dtype))
     except RuntimeError:
         assert fails
     assert settings() == before

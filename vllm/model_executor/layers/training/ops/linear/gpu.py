@@ -9,7 +9,9 @@ and rounds once, so all have the bits of vLLM's batch-invariant GEMM:
 - ours for few rows, in bf16 and fp16;
 - cuBLASLt without split-K, for more rows in bf16 and fp16. cuBLAS promises nothing
   about its order, so it multiplies only what has the form of a product in which it was
-  seen to have the bits of `matmul_persistent`, in this process: see `prove`.
+  seen to have the bits of `matmul_persistent`, in this process: see `prove`. So that
+  the steps of an engine do not bring new forms for ever, many rows are multiplied in
+  pieces of few different sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from vllm.logger import init_logger
 from vllm.model_executor import upstream
@@ -33,6 +34,8 @@ logger = init_logger(__name__)
 # Up to here our kernel is the fastest on an H200, and up to there faster than vLLM's.
 FEW_ROWS = 32
 SOME_ROWS = 64
+# Up to here a product of any number of rows is proven by itself; CUDA graphs have them.
+EXACT_ROWS = 512
 
 _SPLIT_K_SETTING = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
@@ -56,8 +59,8 @@ class Form(NamedTuple):
         bias: its dtype and stride; None without a bias.
         x_strides: in elements.
         weight_strides: likewise.
-        alignments: of x, weight and bias: the largest power of two up to 256 that
-            divides the address; 0 without a bias.
+        alignments: of x, weight, output and bias: the largest power of two up to 256
+            that divides the address; 0 without a bias.
         device: index of the GPU.
     """
 
@@ -67,7 +70,7 @@ class Form(NamedTuple):
     bias: tuple[torch.dtype, int] | None
     x_strides: tuple[int, ...]
     weight_strides: tuple[int, ...]
-    alignments: tuple[int, int, int]
+    alignments: tuple[int, int, int, int]
     device: int
 
 
@@ -95,11 +98,33 @@ def in_order_linear(
     # Ours has the order by construction, so that prove only confirms it.
     if candidate is few_rows_linear:
         return candidate(x, weight, bias)
-    if candidate is not None and _verdict(candidate, x, weight, bias):
-        return candidate(x, weight, bias)
+    if candidate is not None:
+        output = x.new_empty(x.shape[0], weight.shape[0])
+        pieces = [(x[rows], output[rows]) for rows in row_pieces(x.shape[0])]
+        if all(_verdict(candidate, piece, weight, bias, to) for piece, to in pieces):
+            for piece, to in pieces:
+                candidate(piece, weight, bias, to)
+            return output
     if x.shape[0] <= SOME_ROWS and _has_fast_kernels(x, weight):
         return few_rows_linear(x, weight, bias)
     return _reference(x, weight, bias)
+
+
+def row_pieces(num_rows: int) -> list[slice]:
+    """The rows that cuBLASLt multiplies at once: all, or two overlapping halves.
+
+    Above EXACT_ROWS the sizes are multiples of a step, of some 64 an octave. Rows in
+    both halves are computed twice, with the same bits.
+    """
+
+    def step(rows: int) -> int:
+        return max(64, 1 << (rows.bit_length() - 7))
+
+    if num_rows <= EXACT_ROWS or num_rows % step(num_rows) == 0:
+        return [slice(0, num_rows)]
+    half = -(-num_rows // 2)
+    half = -(-half // step(half)) * step(half)
+    return [slice(0, half), slice(num_rows - half, num_rows)]
 
 
 def prove(
@@ -119,8 +144,9 @@ def prove(
         graph is being captured, or the results are not numbers or mostly zero.
     """
     x = weight.new_empty(num_rows, weight.shape[1])
+    output = weight.new_empty(num_rows, weight.shape[0])
     candidate = _candidate(x, weight)
-    return None if candidate is None else _verdict(candidate, x, weight, bias)
+    return None if candidate is None else _verdict(candidate, x, weight, bias, output)
 
 
 def verdicts() -> dict[Form, bool]:
@@ -160,9 +186,12 @@ def _reference(
 
 
 def cublaslt_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
 ) -> torch.Tensor:
-    """x W^T + b by cuBLASLt, which may not split K.
+    """output = x W^T + b by cuBLASLt, which may not split K; returns it.
 
     torch's settings for it are global, so they are changed for the call only, by one
     thread at a time.
@@ -178,14 +207,21 @@ def cublaslt_linear(
             library("cublaslt")
             setattr(settings, name, (False, False))
             settings.allow_fp16_accumulation = False
-            return F.linear(x, weight, bias)
+            if bias is None:
+                return torch.mm(x, weight.t(), out=output)
+            return torch.addmm(bias, x, weight.t(), out=output)
         finally:
             library(previous_library)
             setattr(settings, name, previous)
             settings.allow_fp16_accumulation = fp16_sums
 
 
-def _form(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Form:
+def _form(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+) -> Form:
     return Form(
         x.shape[0],
         weight.shape,
@@ -196,6 +232,7 @@ def _form(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> F
         (
             _alignment(x),
             _alignment(weight),
+            _alignment(output),
             0 if bias is None else _alignment(bias),
         ),
         x.get_device(),
@@ -212,12 +249,13 @@ def _verdict(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    output: torch.Tensor,
 ) -> bool | None:
-    """The verdict on a form, after a comparison if there is none yet."""
-    form = _form(x, weight, bias)
+    """The verdict on a form, after a comparison in `output` if there is none yet."""
+    form = _form(x, weight, bias, output)
     verdict = _verdicts.get(form)
     if verdict is None and not _is_capturing(x):
-        verdict = _compare(candidate, x, weight, bias)
+        verdict = _compare(candidate, x, weight, bias, output)
         if verdict is not None:
             _verdicts[form] = verdict
         if verdict is False:
@@ -241,6 +279,7 @@ def _compare(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    output: torch.Tensor,
 ) -> bool | None:
     """Whether two kernels agree on random numbers in the form of x.
 
@@ -262,7 +301,7 @@ def _compare(
     for _ in range(rounds):
         random = _random_like(x, generator)
         try:
-            result = candidate(random, weight, bias)[rows]
+            result = candidate(random, weight, bias, output)[rows]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:

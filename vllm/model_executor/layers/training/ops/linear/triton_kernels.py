@@ -118,7 +118,10 @@ def tiles_for(num_rows: int, out_features: int, large_memory: bool) -> Tiles:
 
 
 def few_rows_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + b.
 
@@ -127,21 +130,27 @@ def few_rows_linear(
             ones are slow.
         weight: shape = [N, K], each row contiguous; dtype of x.
         bias: shape = [N] or None.
+        output: where to write; a new tensor if None.
 
     Returns:
         shape = [M, N], dtype of x.
     """
     tiles = tiles_for(x.shape[0], weight.shape[0], has_large_shared_memory(x.device))
-    return launch(x, weight, bias, tiles)
+    return launch(x, weight, bias, tiles, output)
 
 
 def launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tiles: Tiles,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`few_rows_linear` with given tiles."""
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
-    output = x.new_empty(num_rows, out_features)
+    if output is None:
+        output = x.new_empty(num_rows, out_features)
     if output.numel():
         row_tiles = -(-num_rows // tiles.rows)
         column_tiles = -(-out_features // tiles.columns)
