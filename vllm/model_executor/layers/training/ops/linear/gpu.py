@@ -292,7 +292,8 @@ def _compare(
     size = compared * out_features
     if not size:
         return None
-    rows = torch.linspace(0, num_rows - 1, compared, device=x.device).long()
+    places = torch.arange(compared, device=x.device)
+    rows = places * (num_rows - 1) // max(1, compared - 1)
     # Not torch's own generator: what the caller draws from it must not change.
     generator = torch.Generator(x.device).manual_seed(0)
     differences = torch.zeros((), dtype=torch.int64, device=x.device)
