@@ -172,7 +172,7 @@ def test_rows_of_every_tile_are_compared(kernels, weight):
     assert gpu.prove(5000, weight) is True
     torch.set_default_dtype(BF16)  # as while an engine loads a model
     try:
-        assert gpu.prove(4999, weight) is True
+        assert gpu.prove(5020, weight) is True
     finally:
         torch.set_default_dtype(torch.float32)
     kernels["cublaslt_linear"].product = off_by_one_unit
