@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What batch-invariant mode costs: engine and trainer with it and without.
 
-The engine serves the same requests in both modes, each in a process of its own that
-starts with or without VLLM_BATCH_INVARIANT, in turns; the trainer runs forward and
+Two engines, each in a process of its own that started with or without
+VLLM_BATCH_INVARIANT, serve the same requests in turns; the trainer runs forward and
 backward of the same batch in turns in one process. On CUDA the model has 1.7 B
 parameters and bf16, on CPU it is the demo's in fp32.
 
@@ -73,14 +73,16 @@ TARGETS = (
         "trainer": 0.9,
     }
 )
-# Starts of an engine in each mode, and repetitions in each.
-STARTS, REPETITIONS = (1, 5) if ON_CUDA else (2, 5)
+# Of each load in each mode; two before them are not counted.
+REPETITIONS = 9
+# What a serving process begins its answers with.
+RATE = "RATE"
 # Sequences and tokens of each.
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
 
 
 def serve(directory: str) -> None:
-    """Print tokens per second of each load, in this process's mode."""
+    """For each number of a load on stdin, print its tokens per second in this mode."""
     from vllm import LLM, ModelRegistry, SamplingParams
 
     def build(config, parallel_context):
@@ -94,50 +96,73 @@ def serve(directory: str) -> None:
         dtype=str(DTYPE).removeprefix("torch."),
         max_model_len=2048,
         enable_prefix_caching=False,
-        **({"gpu_memory_utilization": 0.7} if ON_CUDA else {}),
+        **({"gpu_memory_utilization": 0.4} if ON_CUDA else {}),
     )
-    generator = torch.Generator().manual_seed(0)
-    rates: dict[int, list[float]] = {}
-    for requests, prompt, new in LOADS:
+    print(RATE, "ready", flush=True)
+    for line in sys.stdin:
+        requests, prompt, new = LOADS[int(line)]
+        generator = torch.Generator().manual_seed(0)
         ids = torch.randint(CONFIG.vocab_size, (requests, prompt), generator=generator)
         prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
         sampling = SamplingParams(
             max_tokens=new, ignore_eos=True, detokenize=False, logprobs=0
         )
-        for repetition in range(1 + REPETITIONS):
-            begin = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
-            rate = requests * new / (time.perf_counter() - begin)
-            if repetition:
-                rates.setdefault(requests, []).append(rate)
-    print("RATES", json.dumps(rates))
+        begin = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        print(RATE, requests * new / (time.perf_counter() - begin), flush=True)
+
+
+class Served:
+    """An engine in a process of its own.
+
+    Args:
+        directory: of the model's config.
+        mode: "1" for batch-invariant mode, else "0".
+    """
+
+    def __init__(self, directory: str, mode: str) -> None:
+        variables = {"VLLM_BATCH_INVARIANT": mode, "VLLM_LOGGING_LEVEL": "WARNING"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", directory],
+            env=os.environ | variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.answer()
+
+    def rate(self, load: int) -> float:
+        """Tokens per second of one of `LOADS`."""
+        print(load, file=self.process.stdin, flush=True)
+        return float(self.answer())
+
+    def answer(self) -> str:
+        """What follows `RATE` in the next line that begins with it."""
+        for line in self.process.stdout:
+            if line.startswith(RATE):
+                return line.removeprefix(RATE).strip()
+        sys.exit(f"an engine ended with status {self.process.wait()}")
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def engine() -> list[dict[str, object]]:
     """Rows of the engine: tokens per second in the two modes."""
-    rates: dict[str, dict[int, list[float]]] = {"0": {}, "1": {}}
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
         CONFIG.save_pretrained(directory)
-        for mode in ["0", "1"] * STARTS:
-            variables = {"VLLM_BATCH_INVARIANT": mode, "VLLM_LOGGING_LEVEL": "WARNING"}
-            result = subprocess.run(
-                [sys.executable, __file__, "--serve", directory],
-                env=os.environ | variables,
-                capture_output=True,
-                text=True,
-            )
-            if result.returncode:
-                sys.exit(result.stdout[-4000:] + result.stderr[-8000:])
-            (line,) = (x for x in result.stdout.splitlines() if x.startswith("RATES"))
-            for requests, values in json.loads(line.removeprefix("RATES")).items():
-                rates[mode].setdefault(int(requests), []).extend(values)
-    rows = []
-    for requests, prompt, new in LOADS:
-        normal, invariant = (
-            statistics.median(rates[mode][requests]) for mode in ("0", "1")
-        )
-        case = f"engine, {requests} requests of {prompt}+{new} tokens"
-        rows.append(row(case, "tokens/s", normal, invariant, invariant / normal))
+        engines = [Served(directory, mode) for mode in ("0", "1")]
+        for load, (requests, prompt, new) in enumerate(LOADS):
+            for each in engines * 2:
+                each.rate(load)
+            rates = [[each.rate(load) for each in engines] for _ in range(REPETITIONS)]
+            normal, invariant = map(statistics.median, zip(*rates))
+            case = f"engine, {requests} requests of {prompt}+{new} tokens"
+            rows.append(row(case, "tokens/s", normal, invariant, invariant / normal))
+        for each in engines:
+            each.end()
     return rows
 
 

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 from vllm.model_executor.layers.training.linear import RowParallelLinear
 from vllm.model_executor.layers.training.linear_base import ParallelLinear
+from vllm.model_executor.layers.training.ops.attention import table, vllm_flash
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.linear.op import linear
@@ -37,6 +38,8 @@ ROWS = (1, 2, 3, 7, 8, 16, 33, 64, 255, 1024)
 BUDGET = {"cpu": 1 << 30, "cuda": 1 << 37}
 # Tokens of the sequence whose prefixes are attended to.
 TOKENS = (1, 2, 9, 33, 130, 257)
+# Tokens of a page of the engine's keys.
+PAGE_SIZE = 16
 # Rows of a random weight; more are copies, which are multiplied alike.
 DISTINCT_ROWS = 256
 
@@ -78,6 +81,30 @@ class AttentionShape:
     sinks: bool = False
     alibi: bool = False
     implementation: str | None = None
+
+    def forward_on(self, device: torch.device) -> str | None:
+        """Name of the kernel that computes it in the mode; None if none can."""
+        name = self.implementation or table.default_for(
+            table.Request(
+                device.type,
+                torch.cuda.get_device_capability(device)
+                if device.type == "cuda"
+                else (0, 0),
+                self.dtype,
+                self.num_heads,
+                self.head_size,
+                table.used_features(
+                    causal=self.spec.causal,
+                    window=self.spec.window,
+                    soft_cap=self.spec.soft_cap,
+                    sinks=self.sinks,
+                    alibi_slopes=self.alibi,
+                ),
+                deterministic=False,
+                batch_invariant=True,
+            )
+        )
+        return name and table.IMPLEMENTATIONS[name][0]
 
     def __str__(self) -> str:
         name = self.implementation or "the default implementation"
@@ -207,7 +234,7 @@ def _row_counts(weight_size: int, budget: int) -> list[int]:
 def _probe_attention(
     shape: AttentionShape, device: torch.device, generator: torch.Generator
 ) -> None:
-    """The last row of every prefix, alone and beside others, is that of the whole."""
+    """The rows of every prefix, alone and beside others, are those of the whole."""
     length = TOKENS[-1]
     query, key, value = (
         _random((length, heads, shape.head_size), shape.dtype, device, generator)
@@ -239,6 +266,41 @@ def _probe_attention(
         _require_equal(f"{what} beside others", beside, whole[:count], length)
         (alone,) = attend((count,))
         _require_equal(f"{what} alone", alone, whole[:count], length)
+    if shape.forward_on(device) == "fa3":
+        sinks = of_heads if shape.sinks else None
+        decoded = _decode(shape.spec, query, key, value, sinks)
+        last = torch.tensor(TOKENS, device=device) - 1
+        what = f"{shape}, decoding from pages of {PAGE_SIZE} tokens"
+        _require_equal(what, decoded, whole[last], length)
+
+
+def _decode(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The last row of every prefix, as the engine's FlashAttention 3 decodes it."""
+    lengths = torch.tensor(TOKENS, dtype=torch.int32, device=query.device)
+    num_pages = -(-len(key) // PAGE_SIZE)
+    padding = (0, 0, 0, 0, 0, num_pages * PAGE_SIZE - len(key))
+    key_pages, value_pages = (
+        nn.functional.pad(x, padding).unflatten(0, (num_pages, PAGE_SIZE))
+        for x in (key, value)
+    )
+    pages = torch.arange(num_pages, dtype=torch.int32, device=query.device)
+    return vllm_flash.decode_from_pages(
+        query[lengths.long() - 1],
+        key_pages,
+        value_pages,
+        lengths,
+        pages.repeat(len(TOKENS), 1),
+        spec.scale,
+        spec.window,
+        spec.soft_cap,
+        sinks,
+    )
 
 
 def _require_equal(

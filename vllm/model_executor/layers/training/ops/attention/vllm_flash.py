@@ -52,6 +52,57 @@ def forward(
     return output, lse
 
 
+def decode_from_pages(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One query a request, as a batch-invariant engine calls FlashAttention 3.
+
+    For probing that its bits are those of `forward`.
+
+    Args:
+        query: shape = [num_requests, num_heads, head_size], the last token of each.
+        key_pages: shape = [num_pages, page_size, num_kv_heads, head_size].
+        value_pages: likewise.
+        lengths: tokens of each request, int32, shape = [num_requests].
+        block_table: each request's pages, int32, shape = [num_requests, n].
+        scale: of the scores.
+        window: keys that a query sees, itself included; 0: all.
+        soft_cap: of the scores; 0: none.
+        sinks: shape = [num_heads] or None.
+
+    Returns:
+        shape = [num_requests, num_heads, head_size].
+    """
+    left, right = window_sides(True, window)
+    return upstream.flash_attention().flash_attn_varlen_func(
+        query,
+        key_pages,
+        value_pages,
+        max_seqlen_q=2,
+        cu_seqlens_q=torch.arange(
+            len(query) + 1, dtype=torch.int32, device=query.device
+        ),
+        max_seqlen_k=block_table.shape[1] * key_pages.shape[1],
+        seqused_k=lengths,
+        block_table=block_table,
+        softmax_scale=scale,
+        causal=True,
+        window_size=[-1 if left is None else left, -1 if right is None else right],
+        softcap=soft_cap,
+        fa_version=3,
+        num_splits=1,
+        s_aux=None if sinks is None else sinks.to(query.dtype),
+    )
+
+
 def backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
