@@ -59,7 +59,7 @@ WINDOW = DEMO | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
-    "head_dim": 64,
+    "head_dim": 128,
 }
 LARGE = DEMO | {
     "vocab_size": 32000,

@@ -14,7 +14,11 @@ from tests.parity.prompts import LENGTHS, of_lengths
 from tests.parity.subjects import SUBJECTS
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import log_softmax
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+    log_softmax,
+    tempered,
+)
+from vllm.v1.sample.ops import topk_topp_triton
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 TEMPERATURE = 0.7
@@ -99,13 +103,15 @@ def test_temperature(subject, processed, prompts, record):
 
 @eager_only
 @pytest.mark.parametrize("filters", FILTERS, ids="-".join)
-def test_top_k_and_top_p(subject, filters, processed, prompts, record):
+def test_top_k_and_top_p(subject, filters, processed, prompts, record, monkeypatch):
     """vLLM's own filters of the trainer's logits, over the whole vocabulary."""
+    # As in a process that started in the mode.
+    monkeypatch.setattr(topk_topp_triton, "_SPLIT_MAX_BATCH", 0)
     params = {"temperature": TEMPERATURE} | filters
     samples = processed.sample(prompts, 6, logprobs=-1, **params)
 
     def filtered(hidden, _):
-        logits = subject.trainer.lm_head(hidden).float() / TEMPERATURE
+        logits = tempered(subject.trainer.lm_head(hidden), TEMPERATURE)
 
         def of_each(name):
             value = filters.get(name)

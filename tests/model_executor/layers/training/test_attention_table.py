@@ -57,6 +57,8 @@ def test_what_does_not_fit_is_refused(change, message):
         ({"features": ("alibi_slopes",)}, "triton"),
         ({"features": ("sinks",), "dtype": torch.float16}, "fa4"),
         ({"features": ("sinks",), "num_heads": 128}, "fa4"),
+        ({"batch_invariant": True}, "fa3"),
+        ({"batch_invariant": True, "head_size": 64}, "vllm_triton"),
         ({"capability": (10, 0)}, "fa4"),
         ({"capability": (10, 0), "head_size": 192}, "torch_flash"),
         ({"capability": (8, 0)}, "torch_flash"),
