@@ -317,9 +317,7 @@ def test_the_engines_sum_in_batch_invariant_mode(
     """A row-parallel layer that stays itself in the engine, with the trainer's bits."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     torch.manual_seed(1)
-    layer = RowParallelLinear(
-        128, HIDDEN, params_dtype=dtype, parallel_context=context
-    )
+    layer = RowParallelLinear(128, HIDDEN, params_dtype=dtype, parallel_context=context)
     x = torch.randn(TOKENS, 128 // context.tp_size).to(dtype)
     expected = layer(x).detach()
     assert not calls

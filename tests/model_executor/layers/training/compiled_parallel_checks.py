@@ -56,9 +56,7 @@ ENGINE_CALLS = {
 
 
 @pytest.mark.parametrize("name", ENGINE_CALLS)
-def test_a_compiled_step_takes_the_engines(
-    context, vllm_groups, name, assert_equal
-):
+def test_a_compiled_step_takes_the_engines(context, vllm_groups, name, assert_equal):
     function = getattr(collectives, name)
     called, options = ENGINE_CALLS[name]
     x = torch.arange(64.0).view(8, 8) + context.tp_rank
@@ -71,8 +69,9 @@ def test_a_compiled_step_takes_the_engines(
 
     with torch._dynamo.config.patch(disable=False), engine_step():
         compiled = torch.compile(
-            lambda x: 2 * function(x, context, *options)
-            + function(x, context, *options),
+            lambda x: (
+                2 * function(x, context, *options) + function(x, context, *options)
+            ),
             fullgraph=True,
             backend=backend,
         )

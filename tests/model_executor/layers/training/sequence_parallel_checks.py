@@ -51,9 +51,7 @@ def slice_of(tensor, context, dim):
 def test_bits_are_those_without_it(context, vllm_groups, dtype, assert_equal):
     """In batch-invariant mode, and those of one rank with as many shards."""
     *inputs, targets, _ = make_batch()
-    single = ParallelContext(
-        device=context.device, tp_reduction_shards=context.tp_size
-    )
+    single = ParallelContext(device=context.device, tp_reduction_shards=context.tp_size)
 
     def run(context, sequence_parallel):
         model = make_model(

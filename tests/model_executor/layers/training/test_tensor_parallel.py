@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-
 CHECKS = ["tensor_parallel", "sequence_parallel", "collective"]
 
 

@@ -56,7 +56,7 @@ def bind_engine_layers(
     places = list(module.named_modules(remove_duplicate=False))
     for path, layer in places:
         name = f"{prefix}.{path}" if prefix else path
-        if isinstance(layer, TrainingLayer) and hasattr(layer, "sequence_parallel"):
+        if isinstance(layer, TrainingLayer):
             # Every rank of the engine has all tokens.
             layer.sequence_parallel = False
         if isinstance(layer, TrainableAttention):
