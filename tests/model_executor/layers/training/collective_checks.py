@@ -221,7 +221,7 @@ class Products(TorchDispatchMode):
 def test_the_weights_gradient_is_computed_meanwhile(
     context, monkeypatch, sequence_parallel, in_order
 ):
-    """In the backward: dX, then its sum over ranks begins; dW; then the sum is needed."""
+    """In the backward: dX, whose sum over ranks begins; dW; then the sum is needed."""
     events = []
 
     def watched(name):

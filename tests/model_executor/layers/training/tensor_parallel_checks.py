@@ -93,7 +93,7 @@ def test_gradients_are_those_of_one_rank(
 
 
 def assert_as_accurate_in_fp64(name, actual, plain, exact):
-    """Another order of the sums in fp64 errs as plain fp32 does, times the ratio of eps.
+    """Another order of sums in fp64 errs as plain fp32 does, times the ratio of eps.
 
     By a factor of eight at most, and the rounding of the result itself.
     """
