@@ -6,6 +6,8 @@ The gradients are compared in `tensor_parallel_checks.py`. Run on each rank by
 `test_tensor_parallel.py`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -48,10 +50,13 @@ def slice_of(tensor, context, dim):
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16] if ON_CUDA else [torch.float32, torch.bfloat16], ids=str
 )
-def test_bits_are_those_without_it(context, vllm_groups, dtype, assert_equal):
+@pytest.mark.parametrize("products", [1, 2])
+def test_bits_are_those_without_it(context, vllm_groups, products, dtype, assert_equal):
     """In batch-invariant mode, and those of one rank with as many shards."""
     *inputs, targets, _ = make_batch()
-    single = ParallelContext(device=context.device, tp_reduction_shards=context.tp_size)
+    shards = products * context.tp_size
+    context = replace(context, tp_reduction_shards=shards)
+    single = ParallelContext(device=context.device, tp_reduction_shards=shards)
 
     def run(context, sequence_parallel):
         model = make_model(
