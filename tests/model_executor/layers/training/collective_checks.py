@@ -219,7 +219,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_weights_gradient_is_computed_meanwhile(
-    context, monkeypatch, sequence_parallel, in_order
+    context, vllm_groups, monkeypatch, sequence_parallel, in_order
 ):
     """In the backward: dX, whose sum over ranks begins; dW; then the sum is needed."""
     events = []

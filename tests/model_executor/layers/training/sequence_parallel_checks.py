@@ -123,6 +123,22 @@ def test_batches_are_cut_along_their_sequences(context, assert_as_accurate):
         assert_as_accurate(name, tensor, *expected)
 
 
+def test_a_slice_of_the_tokens_is_kept_for_the_backward(context):
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    options = {"sequence_parallel": True, "parallel_context": context}
+    layer = ColumnParallelLinear(HIDDEN, 16, **options)
+    tokens = TOKENS // context.tp_size
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = layer(torch.randn(tokens, HIDDEN))
+    assert output.shape == (TOKENS, 16 // context.tp_size)
+    assert kept == [(tokens, HIDDEN), tuple(layer.weight.shape)]
+
+
 def test_a_norm_of_a_ranks_own_heads(context):
     """The weight's gradient is the sum over the heads of all ranks."""
     torch.manual_seed(2)
