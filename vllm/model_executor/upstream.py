@@ -21,6 +21,7 @@ modules below may import that one.
         RowParallelLinear: what our linears become inside the engine.
     UnquantizedLinearMethod: how they create and multiply their weights.
     tensor_model_parallel_all_gather: of the engine's tensor-parallel group.
+    is_forward_context_available: whether the engine runs a step of a model now.
     ParallelLMHead, VocabParallelEmbedding: what our embedding and head become.
     DEFAULT_VOCAB_PADDING_SIZE, pad_vocab_size: rows of a tensor-parallel vocabulary.
     VllmConfig, set_current_vllm_config, get_current_vllm_config_or_none: vLLM's group
@@ -63,6 +64,7 @@ from vllm.distributed.parallel_state import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
+from vllm.forward_context import is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -241,6 +243,7 @@ __all__ = [
     "has_alibi",
     "init_distributed_environment",
     "initialize_model_parallel",
+    "is_forward_context_available",
     "model_parallel_is_initialized",
     "onednn",
     "pad_vocab_size",

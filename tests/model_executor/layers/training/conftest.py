@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -114,12 +117,12 @@ def assert_equal() -> Callable[..., None]:
     return _assert_equal
 
 
-def _run_on_two_ranks(checks: Path) -> None:
-    """The tests of a file pass in each of two processes under torchrun."""
+def _run_on_ranks(count: int, *checks: Path) -> None:
+    """The tests of files pass in each of so many processes under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", "-m", "pytest", "-q", "-x"),
-        *("-p", "no:cacheprovider", str(checks)),
+        *("--nproc-per-node", str(count), "-m", "pytest", "-q", "-x"),
+        *("-p", "no:cacheprovider", *map(str, checks)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -127,12 +130,51 @@ def _run_on_two_ranks(checks: Path) -> None:
     )
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
-    assert report.count(" passed") == 2, report
+    assert report.count(" passed") == count, report
 
 
 @pytest.fixture
-def run_on_two_ranks() -> Callable[[Path], None]:
-    return _run_on_two_ranks
+def run_on_ranks() -> Callable[..., None]:
+    return _run_on_ranks
+
+
+@pytest.fixture
+def run_on_two_ranks() -> Callable[..., None]:
+    return partial(_run_on_ranks, 2)
+
+
+@pytest.fixture(scope="session")
+def context() -> Iterator[ParallelContext]:
+    """Of all processes that torchrun started, which are tensor-parallel ranks.
+
+    On GPUs if there is one for each, else on the CPU. vLLM's own groups, which
+    `vllm_groups` asks for, are on its platform's devices: a machine with too few GPUs
+    has none.
+    """
+    size = int(os.environ["WORLD_SIZE"])
+    if not 0 < torch.cuda.device_count() < size:
+        yield training.initialize_parallel(size)
+        training.destroy_parallel()
+        return
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    group = dist.group.WORLD
+    yield ParallelContext(tp_rank=rank, tp_size=size, rank=rank, tp_group=group)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def vllm_groups(context: ParallelContext) -> None:
+    if 0 < torch.cuda.device_count() < context.tp_size:
+        pytest.skip(f"needs {context.tp_size} GPUs, or none, for vLLM's own groups")
+
+
+@pytest.fixture
+def on_the_ranks_device(context: ParallelContext) -> Iterator[None]:
+    """New tensors and layers are on the rank's device."""
+    torch.set_default_device(context.device)
+    yield
+    torch.set_default_device(None)
 
 
 class LargestTensor(TorchDispatchMode):

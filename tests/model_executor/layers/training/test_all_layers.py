@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    GatherSequence,
     Gelu,
     GeluAndMul,
     LayerNorm,
@@ -25,6 +26,7 @@ from vllm.model_executor.layers.training import (
     RotaryEmbedding,
     RowParallelLinear,
     SiluAndMul,
+    SplitSequence,
     TrainableAttention,
     TrainingLayer,
     VLLMFlashAttention,
@@ -92,6 +94,14 @@ LAYERS = {
     ),
     GeluAndMul: (
         lambda dtype: GeluAndMul(),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    SplitSequence: (
+        lambda dtype: SplitSequence(),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    GatherSequence: (
+        lambda dtype: GatherSequence(),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
     RotaryEmbedding: (

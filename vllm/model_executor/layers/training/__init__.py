@@ -28,9 +28,14 @@ from vllm.model_executor.layers.training.logprobs import (
 )
 from vllm.model_executor.layers.training.norm import LayerNorm, RMSNorm
 from vllm.model_executor.layers.training.rotary import RotaryEmbedding
+from vllm.model_executor.layers.training.sequence_parallel import (
+    GatherSequence,
+    SplitSequence,
+)
 
 __all__ = [
     "ColumnParallelLinear",
+    "GatherSequence",
     "Gelu",
     "GeluAndMul",
     "LayerNorm",
@@ -41,6 +46,7 @@ __all__ = [
     "RotaryEmbedding",
     "RowParallelLinear",
     "SiluAndMul",
+    "SplitSequence",
     "TrainableAttention",
     "TrainingLayer",
     "VLLMFlashAttention",

@@ -69,9 +69,16 @@ class TrainingLayer(nn.Module):
     wrapper visits every layer of exactly one of this package's types and puts what
     `bind_engine` returns in its place. A subclass with its own forward is left as
     it is, so forward has to run under inference mode as well, collectives included.
+
+    Attributes:
+        parallel_context: the context the layer was built by.
+        sequence_parallel: the layer begins, ends or is inside a region where each rank
+            holds a slice of the tokens. The engine, whose ranks hold all of them, sets
+            it to False.
     """
 
     parallel_context: ParallelContext
+    sequence_parallel: bool = False
 
     def __init__(self, parallel_context: ParallelContext | None = None) -> None:
         super().__init__()

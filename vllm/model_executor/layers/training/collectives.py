@@ -1,67 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Tensor-parallel collectives with a backward, in conjugate pairs.
+"""Collectives with a backward, in conjugate pairs.
 
 The backward of each is the forward of its partner:
 
-=====================  ======================  =======================
-function               forward                 backward
-=====================  ======================  =======================
-copy_to_group          identity                sum over ranks
-reduce_from_group      sum over ranks          identity
-sum_parts_from_group   ordered sum of parts    identity, to each part
-gather_from_group      concatenate last dim    take this rank's slice
-split_to_group         take this rank's slice  concatenate last dim
-=====================  ======================  =======================
+=========================  ============================  ==========================
+function                   forward                       backward
+=========================  ============================  ==========================
+copy_to_group              identity                      sum over ranks
+reduce_from_group          sum over ranks                identity
+all_gather_to_group        concatenate along dim         slice of the sum over ranks
+reduce_scatter_from_group  slice of the sum over ranks   concatenate along dim
+split_to_group             take this rank's slice        concatenate along dim
+gather_from_group          concatenate along dim         take this rank's slice
+all_to_all_in_group        exchange pieces               exchange them back
+=========================  ============================  ==========================
 
-The pairs are right for tensor parallelism, where what follows a reduce or a gather is
-computed alike on every rank. They are named after Megatron-LM's (arXiv:1909.08053,
-section 3: its f and g are copy_to_group and reduce_from_group).
+`..._to_group` leads into a computation that differs by rank, `..._from_group` out of
+it: what follows the latter is computed alike on every rank, or on its own slice of the
+tokens. Megatron-LM's f and g (arXiv:1909.08053, section 3) are the first pair, its
+g-bar and f-bar (arXiv:2205.05198, section 4.2) the second.
 
-With `context.tp_size == 1` each is the identity and communicates nothing.
+`sum_parts_from_group` and `reduce_scatter_parts_from_group` are sums over ranks in one
+order, whose bits do not depend on how many ranks there are; in batch-invariant mode the
+sums of the forwards above are those.
+
+The group is a `torch.distributed.ProcessGroup`, or a `ParallelContext` for its
+tensor-parallel group. Over one rank, or None, all are the identity and communicate
+nothing. In a step of vLLM's engine they are the engine's own, see `communication`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
+from vllm.model_executor.layers.training import collective_functions as functions
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.parallel_context import ParallelContext
 
+Group = ParallelContext | ProcessGroup | None
 
-def copy_to_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+
+def process_group(group: Group) -> ProcessGroup | None:
+    """The group to communicate over; None where there is nothing to communicate."""
+    if isinstance(group, ParallelContext):
+        return group.group("tp") if group.tp_size > 1 else None
+    return None if group is None or group.size() == 1 else group
+
+
+def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Hand a tensor that all ranks hold to a computation that differs by rank.
 
     Args:
         x: any shape, equal on all ranks.
-        context: names the tensor-parallel group.
+        group: the ranks.
     """
-    if context.tp_size == 1:
-        return x
-    return _Copy.apply(x, context.group("tp"))
+    ranks = process_group(group)
+    return x if ranks is None else functions.Copy.apply(x, ranks)
 
 
-def reduce_from_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Add up the ranks' partial results; every rank gets the sum.
 
     Args:
         x: any shape, the same on all ranks.
-        context: names the tensor-parallel group.
+        group: the ranks.
     """
-    if context.tp_size == 1:
+    ranks = process_group(group)
+    if ranks is None:
         return x
-    return _Reduce.apply(x, context.group("tp"))
+    if is_batch_invariant():
+        return functions.SumParts.apply(ranks, x)
+    return functions.Reduce.apply(x, ranks)
 
 
-def sum_parts_from_group(
-    parts: Sequence[torch.Tensor], context: ParallelContext
-) -> torch.Tensor:
+def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
     """Add up all ranks' parts in rank order, in fp32, rounded once.
 
     The bits depend on the parts alone: not on their shape or on how many of them a rank
@@ -69,56 +85,142 @@ def sum_parts_from_group(
 
     Args:
         parts: this rank's, of one shape, equally many on each rank.
-        context: names the tensor-parallel group.
+        group: the ranks.
 
     Returns:
         shape and dtype of a part.
     """
-    if len(parts) == 1 and context.tp_size == 1:
+    ranks = process_group(group)
+    if len(parts) == 1 and ranks is None:
         return parts[0]
-    return _SumParts.apply(context.group("tp") if context.tp_size > 1 else None, *parts)
+    return functions.SumParts.apply(ranks, *parts)
 
 
-def gather_from_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
-    """Concatenate the ranks' tensors along the last dim, in rank order.
+def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """Hand the ranks' slices, put together, to a computation that differs by rank.
 
     Args:
-        x: shape = [..., n], the same on all ranks.
-        context: names the tensor-parallel group.
-
-    Returns:
-        shape = [..., n * tp_size].
+        x: this rank's slice, of one shape on all ranks.
+        group: the ranks.
+        dim: what the slices lie along, in rank order.
     """
-    if context.tp_size == 1:
-        return x
-    return _Gather.apply(x, context.group("tp"))
+    ranks = process_group(group)
+    return x if ranks is None else functions.AllGather.apply(x, ranks, dim)
 
 
-def split_to_group(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
-    """Keep this rank's slice of the last dim.
+def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """Add up the ranks' partial results; every rank gets its slice of the sum.
 
     Args:
-        x: shape = [..., n], equal on all ranks.
-        context: names the tensor-parallel group.
-
-    Returns:
-        shape = [..., n / tp_size].
+        x: any shape, the same on all ranks.
+        group: the ranks.
+        dim: what the slices lie along.
 
     Raises:
-        ValueError: the ranks do not divide n.
+        ValueError: the ranks do not divide the dim.
     """
-    if context.tp_size == 1:
+    ranks = process_group(group)
+    if ranks is None:
         return x
-    if x.shape[-1] % context.tp_size:
+    _check_divisible(x, ranks, dim)
+    if is_batch_invariant():
+        return functions.ScatterParts.apply(ranks, dim, x)
+    return functions.ReduceScatter.apply(x, ranks, dim)
+
+
+def reduce_scatter_parts_from_group(
+    parts: Sequence[torch.Tensor], group: Group, dim: int
+) -> torch.Tensor:
+    """This rank's slice of `sum_parts_from_group`, with the same bits.
+
+    Args:
+        parts: this rank's, of one shape, equally many on each rank.
+        group: the ranks.
+        dim: what the slices lie along.
+
+    Raises:
+        ValueError: the ranks do not divide the dim.
+    """
+    ranks = process_group(group)
+    if ranks is None:
+        return sum_parts_from_group(parts, None)
+    _check_divisible(parts[0], ranks, dim)
+    return functions.ScatterParts.apply(ranks, dim, *parts)
+
+
+def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
+    """Concatenate the ranks' tensors along a dim, in rank order.
+
+    Args:
+        x: of one shape on all ranks.
+        group: the ranks.
+        dim: what the tensors are put together along.
+    """
+    ranks = process_group(group)
+    return x if ranks is None else functions.Gather.apply(x, ranks, dim)
+
+
+def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
+    """Keep this rank's slice of a dim.
+
+    Args:
+        x: any shape, equal on all ranks.
+        group: the ranks.
+        dim: what the slices lie along.
+
+    Raises:
+        ValueError: the ranks do not divide the dim.
+    """
+    ranks = process_group(group)
+    if ranks is None:
+        return x
+    _check_divisible(x, ranks, dim)
+    return functions.Split.apply(x, ranks, dim)
+
+
+def all_to_all_in_group(
+    x: torch.Tensor,
+    group: Group,
+    input_sizes: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Send rank i the i-th piece of the first dim; what arrives, in rank order.
+
+    Args:
+        x: shape = [sum(input_sizes), ...], the same on all ranks but for the first dim.
+        group: the ranks.
+        input_sizes: of the piece that goes to each rank; equal pieces if None.
+        output_sizes: of the piece that comes from each rank; given with input_sizes.
+
+    Returns:
+        shape = [sum(output_sizes), ...].
+
+    Raises:
+        ValueError: sizes that do not fit x or the group, or only one list of them.
+    """
+    ranks = process_group(group)
+    if ranks is None:
+        return x
+    if input_sizes is None and output_sizes is None:
+        _check_divisible(x, ranks, 0)
+        input_sizes = output_sizes = [x.shape[0] // ranks.size()] * ranks.size()
+    if (
+        input_sizes is None
+        or output_sizes is None
+        or not len(input_sizes) == len(output_sizes) == ranks.size()
+        or sum(input_sizes) != x.shape[0]
+    ):
         raise ValueError(
-            f"The last dim of shape {tuple(x.shape)} is not divisible by "
-            f"tp_size={context.tp_size}."
+            f"all_to_all_in_group got input_sizes={input_sizes} and "
+            f"output_sizes={output_sizes} for x of shape {tuple(x.shape)}; over "
+            f"{ranks.size()} ranks each needs that many sizes, and input_sizes must "
+            f"add up to {x.shape[0]}. Give both, or neither for equal pieces."
         )
-    return _Split.apply(x, context.group("tp"))
+    return functions.AllToAll.apply(x, ranks, tuple(output_sizes), tuple(input_sizes))
 
 
 def sum_gradient_over_replicas(
-    param: torch.Tensor, start: int, replicas: int, context: ParallelContext
+    param: torch.Tensor, start: int, replicas: int, group: Group
 ) -> torch.Tensor:
     """The parameter itself; its gradient is summed over the ranks that replicate it.
 
@@ -127,106 +229,17 @@ def sum_gradient_over_replicas(
             `replicas` consecutive ranks.
         start: first replicated row.
         replicas: how many consecutive ranks hold the same rows.
-        context: names the tensor-parallel group.
+        group: the ranks.
     """
-    if replicas == 1:
+    ranks = process_group(group)
+    if replicas == 1 or ranks is None:
         return param
-    return _SumReplicas.apply(param, start, replicas, context.group("tp"))
+    return functions.SumReplicas.apply(param, start, replicas, ranks)
 
 
-def _all_reduce(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def all_gather_last_dim(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    x = x.contiguous()
-    pieces = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(pieces, x, group=group)
-    return torch.cat(pieces, -1)
-
-
-def _own_slice(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    return x.chunk(group.size(), -1)[group.rank()].contiguous()
-
-
-class _Copy(Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
-
-
-class _Reduce(Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-class _SumParts(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, group: ProcessGroup | None, *parts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.count = len(parts)
-        own = torch.stack(parts)
-        if group is None:
-            return ordered_sum(own)
-        gathered = own.new_empty(group.size() * len(parts), *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own, group=group)
-        return ordered_sum(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *[grad] * ctx.count
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return all_gather_last_dim(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _own_slice(grad, ctx.group), None
-
-
-class _Split(Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _own_slice(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_gather_last_dim(grad, ctx.group), None
-
-
-class _SumReplicas(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, param: torch.Tensor, start: int, replicas: int, group: ProcessGroup
-    ) -> torch.Tensor:
-        ctx.start, ctx.replicas, ctx.group = start, replicas, group
-        return param.view_as(param)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        shared = grad[ctx.start :]
-        pieces = [torch.empty_like(shared) for _ in range(ctx.group.size())]
-        dist.all_gather(pieces, shared, group=ctx.group)
-        first = ctx.group.rank() // ctx.replicas * ctx.replicas
-        # In rank order on every rank, so the replicas stay equal bit for bit.
-        shared.copy_(torch.stack(pieces[first : first + ctx.replicas]).sum(0))
-        return grad, None, None, None
+def _check_divisible(x: torch.Tensor, ranks: ProcessGroup, dim: int) -> None:
+    if x.shape[dim] % ranks.size():
+        raise ValueError(
+            f"Dim {dim} of shape {tuple(x.shape)} is not divisible by the group's "
+            f"{ranks.size()} ranks; pad it to a multiple of {ranks.size()}."
+        )

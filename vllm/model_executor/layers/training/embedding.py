@@ -21,11 +21,14 @@ from torch import nn
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.collectives import (
-    copy_to_group,
     gather_from_group,
     reduce_from_group,
+    reduce_scatter_from_group,
 )
-from vllm.model_executor.layers.training.ops.linear.op import linear
+from vllm.model_executor.layers.training.column_linear import (
+    SEQUENCE_DIM,
+    column_parallel_linear,
+)
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -43,9 +46,11 @@ class _VocabParallel(TrainingLayer):
         num_embeddings: int,
         embedding_dim: int,
         params_dtype: torch.dtype | None,
+        sequence_parallel: bool,
         parallel_context: ParallelContext | None,
     ) -> None:
         super().__init__(parallel_context)
+        self.sequence_parallel = sequence_parallel
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.params_dtype = resolve_dtype(params_dtype)
@@ -93,6 +98,8 @@ class VocabParallelEmbedding(_VocabParallel):
         num_embeddings: size of the vocabulary.
         embedding_dim: size of an embedding.
         params_dtype: dtype of the weight; torch's default dtype if None.
+        sequence_parallel: return this rank's slice of the tokens, the last dim of the
+            ids. In the engine all tokens are returned.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -105,9 +112,16 @@ class VocabParallelEmbedding(_VocabParallel):
         embedding_dim: int,
         *,
         params_dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, params_dtype, parallel_context)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            params_dtype,
+            sequence_parallel,
+            parallel_context,
+        )
         self._initialise()
 
     def reset_parameters(self) -> None:
@@ -121,10 +135,12 @@ class VocabParallelEmbedding(_VocabParallel):
             input_ids: integer token ids from 0 to num_embeddings - 1, any shape.
 
         Returns:
-            shape = [*input_ids.shape, embedding_dim].
+            shape = [*input_ids.shape, embedding_dim]; with sequence_parallel this
+            rank's slice of dim -2.
 
         Raises:
             TypeError: ids that are not integers.
+            ValueError: sequence_parallel and tokens that the ranks do not divide.
             IndexError: on CPU, an id outside the vocabulary.
         """
         if input_ids.dtype not in (torch.int64, torch.int32):
@@ -143,6 +159,10 @@ class VocabParallelEmbedding(_VocabParallel):
         local_ids = local_ids.masked_fill(unknown, -1)
         output = F.embedding(local_ids, self.weight)
         output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.sequence_parallel:
+            return reduce_scatter_from_group(
+                output, self.parallel_context, SEQUENCE_DIM
+            )
         return reduce_from_group(output, self.parallel_context)
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -161,6 +181,9 @@ class ParallelLMHead(_VocabParallel):
         embedding_dim: size of a hidden state.
         bias: add a bias.
         params_dtype: dtype of the parameters; torch's default dtype if None.
+        sequence_parallel: the hidden states are this rank's slice of the tokens,
+            dim -2; logits and log-probabilities are of all tokens. In the engine the
+            hidden states are too.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -177,10 +200,17 @@ class ParallelLMHead(_VocabParallel):
         bias: bool = False,
         *,
         params_dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         self.has_bias = bias
-        super().__init__(num_embeddings, embedding_dim, params_dtype, parallel_context)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            params_dtype,
+            sequence_parallel,
+            parallel_context,
+        )
         if bias:
             self._add_parameter("bias", self.params_dtype)
         else:
@@ -227,10 +257,11 @@ class ParallelLMHead(_VocabParallel):
         """Compute the logits over the whole vocabulary, on every rank.
 
         Args:
-            hidden_states: shape = [..., embedding_dim], equal on all ranks.
+            hidden_states: shape = [..., embedding_dim], equal on all ranks; with
+                sequence_parallel each rank's own slice of dim -2.
 
         Returns:
-            shape = [..., num_embeddings].
+            shape = [..., num_embeddings], of all tokens.
         """
         if hidden_states.shape[-1] != self.embedding_dim:
             raise ValueError(
@@ -238,8 +269,13 @@ class ParallelLMHead(_VocabParallel):
                 f"{tuple(hidden_states.shape)}; their last dim must be "
                 f"{self.embedding_dim}."
             )
-        hidden_states = copy_to_group(hidden_states, self.parallel_context)
-        logits = linear(hidden_states, self.weight, self.bias)
+        logits = column_parallel_linear(
+            hidden_states,
+            self.weight,
+            self.bias,
+            self.parallel_context,
+            self.sequence_parallel,
+        )
         logits = gather_from_group(logits, self.parallel_context)
         return logits[..., : self.num_embeddings]
 

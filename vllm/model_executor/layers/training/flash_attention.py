@@ -40,6 +40,8 @@ class VLLMFlashAttention(TrainingLayer):
         implementation: what computes attention, as for `TrainableAttention`.
         deterministic: attention's gradients are equal bit for bit from run to run.
         params_dtype: dtype of the parameters; torch's default dtype if None.
+        sequence_parallel: hidden states and output are this rank's slice of the
+            tokens, positions of all tokens. In the engine all are of all tokens.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -72,6 +74,7 @@ class VLLMFlashAttention(TrainingLayer):
         implementation: str | None = None,
         deterministic: bool = False,
         params_dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
@@ -98,6 +101,7 @@ class VLLMFlashAttention(TrainingLayer):
             bias=bias,
             part_names=("q_proj", "k_proj", "v_proj"),
             params_dtype=params_dtype,
+            sequence_parallel=sequence_parallel,
             parallel_context=self.parallel_context,
         )
         self.num_heads = self.qkv_proj.num_heads
@@ -132,6 +136,7 @@ class VLLMFlashAttention(TrainingLayer):
             hidden_size,
             bias=bias,
             params_dtype=params_dtype,
+            sequence_parallel=sequence_parallel,
             parallel_context=self.parallel_context,
         )
 
@@ -159,14 +164,14 @@ class VLLMFlashAttention(TrainingLayer):
         Raises:
             ValueError: shapes that do not fit, or missing positions.
         """
-        leading = hidden_states.shape[:-1]
-        if len(leading) not in (1, 2):
+        if hidden_states.ndim not in (2, 3):
             raise ValueError(
                 f"hidden_states of shape {tuple(hidden_states.shape)} must be "
                 f"[num_tokens, {self.hidden_size}] or [batch, seq, "
                 f"{self.hidden_size}]."
             )
         qkv = self.qkv_proj(hidden_states)
+        leading = qkv.shape[:-1]
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = qkv.view(*leading, heads, self.head_dim)
         q, k, v = qkv.split(

@@ -16,13 +16,17 @@ import torch
 from torch import nn
 
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.collectives import (
-    copy_to_group,
     gather_from_group,
     reduce_from_group,
+    reduce_scatter_from_group,
+    reduce_scatter_parts_from_group,
     split_to_group,
     sum_parts_from_group,
+)
+from vllm.model_executor.layers.training.column_linear import (
+    SEQUENCE_DIM,
+    column_parallel_linear,
 )
 from vllm.model_executor.layers.training.linear_base import LinearOutput, ParallelLinear
 from vllm.model_executor.layers.training.ops.linear.op import linear
@@ -43,6 +47,8 @@ class ColumnParallelLinear(ParallelLinear):
         gather_output: return all output features on every rank instead of its own.
         params_dtype: dtype of the parameters; torch's default dtype if None.
         return_bias: return `(output, None)` as vLLM's linears do.
+        sequence_parallel: the input is this rank's slice of the tokens, dim -2; the
+            output has all tokens. In the engine the input has all tokens too.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -62,10 +68,17 @@ class ColumnParallelLinear(ParallelLinear):
         *,
         params_dtype: torch.dtype | None = None,
         return_bias: bool = False,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(
-            input_size, output_size, bias, params_dtype, return_bias, parallel_context
+            input_size,
+            output_size,
+            bias,
+            params_dtype,
+            return_bias,
+            sequence_parallel,
+            parallel_context,
         )
         self._check_divisible("output_size", output_size)
         self.gather_output = gather_output
@@ -91,15 +104,20 @@ class ColumnParallelLinear(ParallelLinear):
         """Apply the layer.
 
         Args:
-            x: shape = [..., input_size], equal on all ranks.
+            x: shape = [..., input_size], equal on all ranks; with sequence_parallel
+                each rank's own slice of dim -2.
 
         Returns:
             shape = [..., output_size_per_partition], or [..., output_size] with
             gather_output.
         """
         self._check_input(x, self.input_size)
-        x = copy_to_group(x, self.parallel_context)
-        output = linear(x, *self._effective_parameters())
+        output = column_parallel_linear(
+            x,
+            *self._effective_parameters(),
+            self.parallel_context,
+            self.sequence_parallel,
+        )
         if self.gather_output:
             output = gather_from_group(output, self.parallel_context)
         return self._finish(output)
@@ -131,6 +149,8 @@ class RowParallelLinear(ParallelLinear):
         reduce_results: add up the ranks' partial results.
         params_dtype: dtype of the parameters; torch's default dtype if None.
         return_bias: return `(output, None)` as vLLM's linears do.
+        sequence_parallel: return this rank's slice of the tokens, dim -2. In the
+            engine all tokens are returned.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -138,8 +158,9 @@ class RowParallelLinear(ParallelLinear):
         bias: shape = [output_size] or None
 
     Raises:
-        ValueError: the ranks or tp_reduction_shards do not divide input_size, or a
-            bias or several products a rank without a sum.
+        ValueError: the ranks or tp_reduction_shards do not divide input_size; a bias,
+            several products a rank or sequence_parallel without a sum; or
+            sequence_parallel with an input that is not cut by features.
     """
 
     def __init__(
@@ -152,10 +173,17 @@ class RowParallelLinear(ParallelLinear):
         reduce_results: bool = True,
         params_dtype: torch.dtype | None = None,
         return_bias: bool = False,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(
-            input_size, output_size, bias, params_dtype, return_bias, parallel_context
+            input_size,
+            output_size,
+            bias,
+            params_dtype,
+            return_bias,
+            sequence_parallel,
+            parallel_context,
         )
         self._check_divisible("input_size", input_size)
         shards = self.parallel_context.tp_reduction_shards
@@ -175,6 +203,12 @@ class RowParallelLinear(ParallelLinear):
             raise ValueError(
                 "bias=True with reduce_results=False would leave the bias in one "
                 "rank's partial result; use bias=False and add a bias after the sum."
+            )
+        if sequence_parallel and not (input_is_parallel and reduce_results):
+            raise ValueError(
+                "sequence_parallel=True returns this rank's tokens of the sum over "
+                "ranks, for an input of all tokens and this rank's features; it needs "
+                "input_is_parallel=True and reduce_results=True."
             )
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
@@ -202,8 +236,9 @@ class RowParallelLinear(ParallelLinear):
                 input_is_parallel is False.
 
         Returns:
-            shape = [..., output_size]; this rank's partial result where
-            reduce_results is False.
+            shape = [..., output_size]; this rank's slice of dim -2 of it with
+            sequence_parallel; this rank's partial result where reduce_results is
+            False.
         """
         if self.input_is_parallel:
             self._check_input(x, self.input_size_per_partition)
@@ -214,13 +249,18 @@ class RowParallelLinear(ParallelLinear):
         products = self._products(x, bias)
         if self.has_bias and self.tp_rank > 0:
             products[0] = _BiasGradient.apply(products[0], self.bias)
-        if not self.reduce_results:
-            output = products[0]
-        elif self.num_products > 1 or is_batch_invariant():
-            output = sum_parts_from_group(products, self.parallel_context)
-        else:
-            output = reduce_from_group(products[0], self.parallel_context)
-        return self._finish(output)
+        return self._finish(self._sum(products) if self.reduce_results else products[0])
+
+    def _sum(self, products: list[torch.Tensor]) -> torch.Tensor:
+        """Over the ranks; in their order if there are several products a rank."""
+        context = self.parallel_context
+        if self.sequence_parallel:
+            if self.num_products > 1:
+                return reduce_scatter_parts_from_group(products, context, SEQUENCE_DIM)
+            return reduce_scatter_from_group(products[0], context, SEQUENCE_DIM)
+        if self.num_products > 1:
+            return sum_parts_from_group(products, context)
+        return reduce_from_group(products[0], context)
 
     def _products(
         self, x: torch.Tensor, bias: torch.Tensor | None

@@ -30,6 +30,8 @@ class ParallelLinear(TrainingLayer):
         params_dtype: dtype of the parameters; torch's default dtype if None.
         return_bias: return `(output, None)` as vLLM's linears do; they are the
             same two values because the bias is always added.
+        sequence_parallel: the ranks hold slices of the tokens, dim -2, where the
+            features are whole. In the engine tokens are never cut.
         parallel_context: the context to shard by; `ParallelContext.current()` where
             vLLM's groups exist, else a single process.
     """
@@ -44,9 +46,11 @@ class ParallelLinear(TrainingLayer):
         bias: bool,
         params_dtype: torch.dtype | None,
         return_bias: bool,
+        sequence_parallel: bool,
         parallel_context: ParallelContext | None,
     ) -> None:
         super().__init__(parallel_context)
+        self.sequence_parallel = sequence_parallel
         self.input_size = input_size
         self.output_size = output_size
         self.has_bias = bias

@@ -35,6 +35,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             tensor under this layer's own name.
         params_dtype: dtype of the parameters; torch's default dtype if None.
         return_bias: return `(output, None)` as vLLM's linears do.
+        sequence_parallel: as for `ColumnParallelLinear`.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -54,6 +55,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         part_names: Sequence[str] | None = None,
         params_dtype: torch.dtype | None = None,
         return_bias: bool = False,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         self.output_sizes = list(output_sizes)
@@ -73,6 +75,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             bias,
             params_dtype=params_dtype,
             return_bias=return_bias,
+            sequence_parallel=sequence_parallel,
             parallel_context=parallel_context,
         )
 
@@ -110,6 +113,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             layer's own name.
         params_dtype: dtype of the parameters; torch's default dtype if None.
         return_bias: return `(output, None)` as vLLM's linears do.
+        sequence_parallel: as for `ColumnParallelLinear`.
         parallel_context: the context to shard by.
 
     Attributes:
@@ -136,6 +140,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         part_names: Sequence[str] | None = None,
         params_dtype: torch.dtype | None = None,
         return_bias: bool = False,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         context = parallel_context or ParallelContext.current_or_single()
@@ -159,6 +164,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             bias,
             params_dtype=params_dtype,
             return_bias=return_bias,
+            sequence_parallel=sequence_parallel,
             parallel_context=context,
         )
 

@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm.model_executor.layers.training.collectives import (
+    all_gather_to_group,
     copy_to_group,
     gather_from_group,
 )
+from vllm.model_executor.layers.training.column_linear import SEQUENCE_DIM
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 from vllm.model_executor.layers.training.ops.library import autocast_dtype
 from vllm.model_executor.layers.training.ops.linear.op import linear
@@ -66,9 +68,11 @@ def token_logprobs(
 
     Args:
         hidden_states: shape = [num_tokens, hidden_size] or [batch, seq, hidden_size],
-            in the head's dtype; under autocast both are cast to its dtype.
+            in the head's dtype; under autocast both are cast to its dtype. For a head
+            with sequence_parallel each rank's slice of the tokens.
         lm_head: the head. Its parameters are read; its forward is not called.
-        targets: int64 token ids, the shape of hidden_states without the last dim.
+        targets: int64 token ids, the shape of hidden_states without the last dim; of
+            all tokens on every rank.
         temperature: divides the logits; above 0.
         return_entropy: return also the entropy of each token's distribution, in nats.
 
@@ -82,10 +86,10 @@ def token_logprobs(
             whose weight FSDP holds in shards.
     """
     hidden_states, head = _inputs(hidden_states, lm_head, temperature)
-    if targets.dtype != torch.int64 or targets.shape != hidden_states.shape[:-1]:
+    if targets.dtype != torch.int64 or targets.shape != head.tokens_of(hidden_states):
         raise ValueError(
             f"targets are {targets.dtype} of shape {tuple(targets.shape)}; they must "
-            f"be torch.int64 of shape {tuple(hidden_states.shape[:-1])}."
+            f"be torch.int64 of shape {tuple(head.tokens_of(hidden_states))}."
         )
     devices = (hidden_states.device, head.weight.device, targets.device)
     if len(set(devices)) > 1:
@@ -93,7 +97,7 @@ def token_logprobs(
             "hidden_states, the head's weight and targets are on "
             f"{devices[0]}, {devices[1]} and {devices[2]}; move them to one device."
         )
-    hidden_states = copy_to_group(hidden_states, head.context)
+    hidden_states = head.all_tokens(hidden_states)
     leaves = (hidden_states, head.weight, head.bias)
     logprobs, entropy, _, _ = token_logprobs_op(
         hidden_states.flatten(0, -2),
@@ -130,14 +134,14 @@ def full_logprobs(
         temperature: divides the logits; above 0.
 
     Returns:
-        fp32 (fp64 for fp64 inputs), shape = [*hidden_states.shape[:-1], vocab_size], on
-        every rank.
+        fp32 (fp64 for fp64 inputs), shape = [*hidden_states.shape[:-1], vocab_size], of
+        all tokens on every rank.
 
     Raises:
         TypeError, ValueError: as `token_logprobs`.
     """
     hidden_states, head = _inputs(hidden_states, lm_head, temperature)
-    hidden_states = copy_to_group(hidden_states, head.context)
+    hidden_states = head.all_tokens(hidden_states)
     logits = linear(hidden_states, head.weight, head.bias)
     logits = gather_from_group(logits, head.context)[..., : head.vocab_size]
     return logprobs_of(logits, temperature)
@@ -153,6 +157,7 @@ class _Head:
         vocab_size: tokens over all ranks, without padding.
         vocab_start: the first token of this rank.
         context: names the tensor-parallel group.
+        sequence_parallel: each rank has its slice of the hidden states' tokens.
     """
 
     weight: torch.Tensor
@@ -160,6 +165,20 @@ class _Head:
     vocab_size: int
     vocab_start: int
     context: ParallelContext
+    sequence_parallel: bool
+
+    def tokens_of(self, hidden_states: torch.Tensor) -> torch.Size:
+        """The shape of all tokens, of which hidden_states may be a rank's slice."""
+        *leading, tokens = hidden_states.shape[:-1]
+        if self.sequence_parallel:
+            tokens *= self.context.tp_size
+        return torch.Size((*leading, tokens))
+
+    def all_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """On every rank, for its part of the vocabulary."""
+        if self.sequence_parallel:
+            return all_gather_to_group(hidden_states, self.context, SEQUENCE_DIM)
+        return copy_to_group(hidden_states, self.context)
 
     def to(self, dtype: torch.dtype) -> _Head:
         """The head with its parameters cast, under autograd."""
@@ -194,6 +213,7 @@ class _Head:
                 lm_head.out_features,
                 0,
                 ParallelContext.single(),
+                False,
             )
         return cls(
             lm_head.weight,
@@ -201,6 +221,7 @@ class _Head:
             lm_head.num_embeddings,
             lm_head.vocab_start_index,
             lm_head.parallel_context,
+            lm_head.sequence_parallel,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.collectives import copy_to_group
 from vllm.model_executor.layers.training.ops.norm.layer_norm import layer_norm
 from vllm.model_executor.layers.training.ops.norm.op import (
     fused_add_rms_norm,
@@ -15,6 +16,13 @@ from vllm.model_executor.layers.training.ops.norm.op import (
 )
 from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.parallel_context import ParallelContext
+
+
+def _shared(layer: RMSNorm | LayerNorm, param: torch.Tensor) -> torch.Tensor:
+    """The parameter; each rank's gradient is a summand where the inputs differ."""
+    if layer.sequence_parallel:
+        return copy_to_group(param, layer.parallel_context)
+    return param
 
 
 def _check_hidden_size(layer: RMSNorm | LayerNorm, x: torch.Tensor) -> None:
@@ -36,7 +44,9 @@ class RMSNorm(TrainingLayer):
         hidden_size: size of the normalised last dim.
         eps: added to the mean of the squares.
         params_dtype: dtype of the weight; torch's default dtype if None.
-        parallel_context: accepted for uniformity; every rank holds the whole weight.
+        sequence_parallel: the ranks' inputs differ, because each has its slice of the
+            tokens, or its own heads: the weight's gradient is summed over them.
+        parallel_context: names the ranks; each holds the whole weight.
 
     Attributes:
         weight: shape = [hidden_size]
@@ -50,10 +60,12 @@ class RMSNorm(TrainingLayer):
         eps: float = 1e-6,
         *,
         params_dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
         self.hidden_size = hidden_size
+        self.sequence_parallel = sequence_parallel
         self.variance_epsilon = eps
         self._add_parameter("weight", resolve_dtype(params_dtype))
         self._initialise()
@@ -79,9 +91,10 @@ class RMSNorm(TrainingLayer):
             sum of x and residual, in x's dtype.
         """
         _check_hidden_size(self, x)
+        weight = _shared(self, self.weight)
         if residual is None:
-            return rms_norm(x, self.weight, self.variance_epsilon)
-        return fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+            return rms_norm(x, weight, self.variance_epsilon)
+        return fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"
@@ -99,7 +112,8 @@ class LayerNorm(TrainingLayer):
         elementwise_affine: whether there are a weight and a bias.
         bias: False: a weight alone.
         params_dtype: dtype of the parameters; torch's default dtype if None.
-        parallel_context: accepted for uniformity; every rank holds whole parameters.
+        sequence_parallel: as for `RMSNorm`.
+        parallel_context: names the ranks; each holds whole parameters.
 
     Attributes:
         weight: shape = [hidden_size], or None.
@@ -117,10 +131,12 @@ class LayerNorm(TrainingLayer):
         elementwise_affine: bool = True,
         bias: bool = True,
         params_dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
         self.hidden_size = hidden_size
+        self.sequence_parallel = sequence_parallel
         self.eps = eps
         dtype = resolve_dtype(params_dtype)
         self._has = {"weight": elementwise_affine, "bias": elementwise_affine and bias}
@@ -152,7 +168,9 @@ class LayerNorm(TrainingLayer):
             shape and dtype of x.
         """
         _check_hidden_size(self, x)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        weight = None if self.weight is None else _shared(self, self.weight)
+        bias = None if self.bias is None else _shared(self, self.bias)
+        return layer_norm(x, weight, bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, eps={self.eps}"

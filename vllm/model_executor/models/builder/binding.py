@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vllm.model_executor.layers.training.attention import TrainableAttention
+from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 
@@ -55,6 +56,9 @@ def bind_engine_layers(
     places = list(module.named_modules(remove_duplicate=False))
     for path, layer in places:
         name = f"{prefix}.{path}" if prefix else path
+        if isinstance(layer, TrainingLayer):
+            # Every rank of the engine has all tokens.
+            layer.sequence_parallel = False
         if isinstance(layer, TrainableAttention):
             if layer.engine is not None:
                 continue

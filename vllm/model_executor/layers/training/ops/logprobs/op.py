@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from vllm.model_executor.layers.training.collectives import all_gather_last_dim
+from vllm.model_executor.layers.training.communication import all_gather
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
     has_kernel,
@@ -83,7 +83,7 @@ def _gather_vocab(logits: torch.Tensor, tp_group: str) -> torch.Tensor:
     if not tp_group:
         return logits
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
-    return all_gather_last_dim(logits, group)
+    return all_gather(logits, group, -1)
 
 
 def _entropy_of_rows(logprobs: torch.Tensor) -> torch.Tensor:
