@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -151,6 +150,9 @@ def context() -> Iterator[ParallelContext]:
     `vllm_groups` asks for, are on its platform's devices: a machine with too few GPUs
     has none.
     """
+    # Not above: what interprets Triton's kernels has to come before they are imported.
+    from vllm import training
+
     size = int(os.environ["WORLD_SIZE"])
     if not 0 < torch.cuda.device_count() < size:
         yield training.initialize_parallel(size)
