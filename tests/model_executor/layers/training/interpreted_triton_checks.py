@@ -159,7 +159,9 @@ def test_activation_of_the_largest_numbers(gated):
     expected = results(reference, [x], [grad])
     torch.testing.assert_close([function(x), backward(grad, x)], expected)
     x[0, :2] = torch.tensor([INF, NAN])
-    torch.testing.assert_close(function(x), reference(x), equal_nan=True)
+    # In fp64: torch's fp32 gelu of infinity is NaN with AVX-512.
+    expected = reference(x.double()).float()
+    torch.testing.assert_close(function(x), expected, equal_nan=True)
 
 
 def norm_reference(fused):
