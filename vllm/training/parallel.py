@@ -175,9 +175,11 @@ def _start_torch_distributed(
     if launch.world_size == 1:
         store = dist.HashStore()
     else:
-        # The launcher's store outlives the groups and keeps their keys, so groups
-        # that are made again need names of their own. All ranks count alike.
-        generation = f"vllm_training/{next(_generations)}"
+        # The launcher's store outlives the groups, and torchrun's the processes that
+        # it restarts; it keeps their keys, so groups that are made again need names
+        # of their own. All ranks count alike.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        generation = f"vllm_training/{attempt}/{next(_generations)}"
         store = dist.PrefixStore(generation, _launcher_store(launch))
     dist.init_process_group(
         backend,
