@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from vllm.training.files import whole_file
 from vllm.training.layout import (
     CheckpointLayout,
     refuse_misfit,
@@ -185,8 +186,10 @@ class _Trained:
         """
         pieces, state = list(self.weights()), {}
         for index, name in enumerate(self.names):
-            state[index] = dict(saved[name]["values"])
-            for key, dtype in saved[name]["tensors"].items():
+            tensors, values = saved[name]["tensors"], saved[name]["values"]
+            if tensors or values:
+                state[index] = dict(values)
+            for key, dtype in tensors.items():
                 tensor = torch.zeros_like(self.tensors[name], dtype=dtype)
                 state[index][key] = tensor
                 pieces += self.state_pieces(name, key, tensor)
@@ -322,7 +325,8 @@ def _begin(directory: Path, unfinished: Path) -> None:
 
 def _finish(directory: Path, unfinished: Path, record: dict[str, Any]) -> None:
     files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-    torch.save(record | {"files": files}, unfinished / RECORD_NAME)
+    with whole_file(unfinished / RECORD_NAME) as path:
+        torch.save(record | {"files": files}, path)
     os.rename(unfinished, directory)
 
 
