@@ -11,7 +11,7 @@ from vllm.training import checkpoint_files
 
 
 def killed_at(step, function):
-    """Run in a process that is killed at its step-th change of a file; whether it was."""
+    """Run in a process that dies at its step-th change of a file; whether it did."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Saves that fail or are killed at any point leave the old checkpoint or the new one."""
+"""Saves that are killed at any point leave the old checkpoint or the new one."""
+
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from vllm.model_executor.model_loader.weight_utils import (
-    filter_duplicate_safetensors_files,
-)
 
 from tests.training.killed import killed_at
 from vllm import training
+from vllm.model_executor.model_loader.weight_utils import (
+    filter_duplicate_safetensors_files,
+)
 from vllm.training import checkpoint_files
 from vllm.training.checkpoint_files import INDEX_NAME
 
@@ -56,7 +58,7 @@ def test_killed_anywhere(tmp_path, old, new):
         directory = tmp_path / str(step)
         save(directory, 1.0, old)
         (directory / "tokenizer.json").write_text("{}")
-        if not killed_at(step, lambda: save(directory, 2.0, new)):
+        if not killed_at(step, partial(save, directory, 2.0, new)):
             break
         kills += 1
         values.add(content(directory))

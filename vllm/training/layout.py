@@ -224,5 +224,3 @@ def refuse_misfit(problems: Mapping[str, Iterable[str]]) -> None:
 
 def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
-
-

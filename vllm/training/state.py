@@ -49,8 +49,9 @@ def save_state(
     """Write a trainer's weights and optimizer state, whole or not at all.
 
     Every process of the job calls it; each writes a part of what it holds. The
-    directory appears under its name when all of it is written. A process that is killed
-    before leaves `.NAME.unfinished` beside it, which the next save of that name removes.
+    directory appears under its name when all of it is written. A process that is
+    killed before leaves `.NAME.unfinished` beside it, which the next save of that name
+    removes.
 
     Args:
         model: built with the `ParallelContext` of this process, also under
