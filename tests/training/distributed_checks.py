@@ -8,6 +8,7 @@ Run by `test_distributed.py`:
 
 import math
 import os
+import weakref
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from vllm.model_executor.models.generic_transformer import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import checkpoint_files as files_module
+from vllm.training.gather import Gatherer
 from vllm.training.reshard import stored_tensors
 from vllm.training.weights import checkpoint_tensors
 
@@ -195,16 +197,43 @@ def raises_everywhere(message):
     dist.barrier()
 
 
+@pytest.fixture
+def gathered_bytes(monkeypatch):
+    """The most bytes of gathered tensors that this rank has held at a time."""
+    live, most, gather = {}, [0], Gatherer.gather
+
+    def counted(self, name):
+        tensor = gather(self, name)
+        if tensor._is_view():  # of the model's own memory
+            return tensor
+        live[name] = tensor.nbytes
+        weakref.finalize(tensor, live.pop, name)
+        most[0] = max(most[0], sum(live.values()))
+        return tensor
+
+    monkeypatch.setattr(Gatherer, "gather", counted)
+    return most
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("tp_size", "kind"), [(2, "fsdp"), (4, "plain")])
-def test_save_pretrained_is_that_of_one_process(groups, tp_size, kind):
-    """The bytes, whatever the sharding; one file or several of bounded size."""
+def test_save_pretrained_is_that_of_one_process(
+    groups, tp_size, kind, tied, gathered_bytes
+):
+    """The bits, whatever the sharding; one file or several, in bounded memory."""
     context = groups(tp_size)
-    model, optimizer = parallelized(context, kind)
+    model, optimizer = parallelized(context, kind, tied)
     train(model, optimizer, range(1), context)
     whole = weights(model)
-    one, several = FOLDER / f"one-{kind}", FOLDER / f"several-{kind}"
+    one, several = (FOLDER / f"{files}-{kind}-{tied}" for files in ("one", "several"))
     model.lm.save_pretrained(one)
+    everything, gathered_bytes[0] = gathered_bytes[0], 0
     training.save_checkpoint(model.lm, several, max_shard_size=20_000)
+    largest = max(tensor.nbytes for tensor in whole.values())
+    if context.rank == 0:
+        assert 20_000 < gathered_bytes[0] + largest <= 20_000 + 2 * largest < everything
+    else:
+        assert everything <= largest and gathered_bytes[0] <= largest
 
     # What one process would save of the same weights.
     single = ParallelContext.single()
@@ -220,7 +249,7 @@ def test_save_pretrained_is_that_of_one_process(groups, tp_size, kind):
         assert size <= 20_000 or len(tensors) == 1
         found |= tensors
     assert_same(found, expected)
-    assert list(found) != [] and (one / "model.safetensors").is_file()
+    assert_same(load_file(one / "model.safetensors"), expected)
 
     # Every rank takes its shard again.
     with torch.no_grad():

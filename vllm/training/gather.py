@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from vllm.model_executor import upstream
 from vllm.training.layout import CheckpointLayout, tensors_of
 from vllm.training.ranks import gather_objects, rank_and_size
 from vllm.training.shards import held
@@ -108,18 +109,18 @@ class Gatherer:
 
         Returns:
             A view of the module's own memory where every rank holds the tensor whole,
-            else a new tensor on the module's device.
+            else a new tensor on the device that the ranks communicate on.
         """
         plan = self.plans[name]
         pieces = self._pieces.get(name, {})
         whole = ((0,) * len(plan.shape), plan.shape)
         if len(plan.owners.get(whole, ())) == self._world_size:
             return pieces[whole]
-        device = self._device()
+        device = _communication_device()
         full = torch.empty(plan.shape, dtype=plan.dtype, device=device)
         for (offsets, sizes), owners in plan.owners.items():
             if owners[0] == self.rank:
-                piece = pieces[offsets, sizes].contiguous()
+                piece = pieces[offsets, sizes].to(device).contiguous()
             else:
                 piece = torch.empty(sizes, dtype=plan.dtype, device=device)
             if self._world_size > 1:
@@ -128,8 +129,10 @@ class Gatherer:
             full[box].copy_(piece)
         return full
 
-    def _device(self) -> torch.device:
-        for pieces in self._pieces.values():
-            for piece in pieces.values():
-                return piece.device
-        return torch.device("cpu")
+
+def _communication_device() -> torch.device:
+    """Where tensors have to be for a collective of the default group."""
+    platform = upstream.current_platform
+    if dist.is_initialized() and dist.get_backend() == platform.dist_backend:
+        return torch.device(platform.device_type)
+    return torch.device("cpu")

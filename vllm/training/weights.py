@@ -290,9 +290,10 @@ def save_checkpoint(
         for names in groups:
             tensors = {}
             for name in names:
-                tensor = gatherer.gather(name)
+                whole = gatherer.gather(name)
                 if gatherer.rank == 0:
-                    tensors[name] = tensor.contiguous().cpu()
+                    tensors[name] = whole.contiguous().cpu()
+                del whole
             on_rank_0(partial(writer.add, tensors))
         on_rank_0(writer.commit)
     finally:
