@@ -114,6 +114,18 @@ def parameters_of(model):
     return dict(module.named_parameters())
 
 
+def assert_padding_is_zero(model):
+    """Of the vocabulary; returns how many rows of it this rank holds."""
+    count, parameters = 0, parameters_of(model)
+    for name, parameter in training.sharding(model).items():
+        for shard in parameter.shards:
+            start = shard.local_offsets[0] + shard.sizes[0] if shard.padding else 0
+            rows = held(parameters[name]).narrow(0, start, shard.padding)
+            assert rows.eq(0).all(), name
+            count += shard.padding
+    return count
+
+
 def gradients(model):
     return assembled(model, {n: p.grad for n, p in parameters_of(model).items()})
 
