@@ -10,7 +10,7 @@ tensors if the layer names them, and is accepted whole as well.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
     ShardPart,
     part_slices,
     take_shard,
+)
+from vllm.training.declared_sharding import (
+    declared_shardings,
+    local_tensor,
+    sharding_of_tensor,
 )
 from vllm.training.files import whole_file
 from vllm.training.fingerprint import fingerprint
@@ -76,6 +80,7 @@ class LocalShard:
 
     def put(self, target: torch.Tensor, tensor: torch.Tensor, part: ShardPart) -> None:
         """Copy this rank's piece of a full part into the local parameter."""
+        target = local_tensor(target)
         sharding = self.sharding
         shard = take_shard(tensor, sharding, part, self.tp_rank, self.tp_size)
         if sharding.dim is not None:
@@ -106,22 +111,18 @@ class CheckpointLayout:
         """The layout of `module`, before it is bound to an engine."""
         layout = cls()
         seen: dict[int, str] = {}
+        declared = declared_shardings(module)
         for path, layer in module.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
-            shardings: Mapping[str, ParameterSharding] = {}
-            rank, size = 0, 1
-            if isinstance(layer, TrainingLayer):
-                shardings = layer.parameter_sharding()
-                rank, size = layer.tp_rank, layer.tp_size
             for name, tensor in _own_tensors(layer):
+                full_name = prefix + name
                 if id(tensor) in seen:
-                    layout.aliases[prefix + name] = seen[id(tensor)]
+                    layout.aliases[full_name] = seen[id(tensor)]
                     continue
-                seen[id(tensor)] = prefix + name
-                whole = ParameterSharding.replicated(tensor.shape)
-                sharding = shardings.get(name, whole)
-                layout.shards[prefix + name] = LocalShard(sharding, rank, size)
-                layout._add(prefix, name, sharding)
+                seen[id(tensor)] = full_name
+                shard = declared.get(full_name) or sharding_of_tensor(full_name, tensor)
+                layout.shards[full_name] = LocalShard(*shard)
+                layout._add(prefix, name, shard.sharding)
         return layout
 
     def _add(self, prefix: str, name: str, sharding: ParameterSharding) -> None:
