@@ -133,10 +133,10 @@ def build(config, parallel_context):
     return MegatronGPT(gpt, parallel_context)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/megatron"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if importlib.util.find_spec("megatron") is None:
         sys.exit("This needs Megatron-Core: pip install megatron-core==0.16.1")
     with TrainerRanks() as ranks:

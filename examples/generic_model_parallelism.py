@@ -7,19 +7,29 @@ Three examples, all by default:
     manual   parallel layers by hand: two ranks compute what one does, backward too
     builder  a builder callback: trained by two ranks, served by two workers, the
              logprobs of both equal bit for bit
-    library  the same model with Megatron-Core's linear layers instead of ours
+    library  the same model with other libraries' layers: attention's projections are
+             nn.Linear sharded by PyTorch's `parallelize_module`, the MLP's are
+             Megatron-Core's parallel linears (pip install megatron-core==0.16.1)
 
     python examples/generic_model_parallelism.py
-    python examples/generic_model_parallelism.py manual builder
+    python examples/generic_model_parallelism.py builder
 """
 
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from trainer_and_engine import TrainerRanks, positions_of, train_and_serve
 
 from vllm.model_executor.layers.training import (
@@ -40,11 +50,23 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 
 
-class Block(nn.Module):
-    """A transformer block. `column` cuts output features over the ranks, `row` input
-    features; each is called with (input features, output features)."""
+@dataclass
+class Linears:
+    """How to make a layer from its numbers of input and output features.
 
-    def __init__(self, config, tp_size, column, row):
+    Attributes:
+        column: one whose output features are cut over the ranks.
+        row: one whose input features are.
+    """
+
+    column: Callable[[int, int], nn.Module]
+    row: Callable[[int, int], nn.Module]
+
+
+class Block(nn.Module):
+    """A transformer block, plain PyTorch around whatever linears it is given."""
+
+    def __init__(self, config, tp_size, attention: Linears, mlp: Linears):
         super().__init__()
         hidden, heads = config.hidden_size, config.num_attention_heads
         kv_heads, head_size = config.num_key_value_heads, hidden // heads
@@ -54,14 +76,15 @@ class Block(nn.Module):
                 "ranks; choose a tensor_parallel_size that divides it."
             )
         self.norm1, self.norm2 = RMSNorm(hidden), RMSNorm(hidden)
-        self.q = column(hidden, hidden)
-        self.k, self.v = (column(hidden, kv_heads * head_size) for _ in range(2))
+        self.q = attention.column(hidden, hidden)
+        self.k = attention.column(hidden, kv_heads * head_size)
+        self.v = attention.column(hidden, kv_heads * head_size)
         self.attn = TrainableAttention(
             heads // tp_size, head_size, num_kv_heads=kv_heads // tp_size
         )
-        self.out = row(hidden, hidden)
-        self.up, self.down = column(hidden, 4 * hidden), row(4 * hidden, hidden)
-        self.gelu = Gelu()
+        self.out = attention.row(hidden, hidden)
+        self.up, self.gelu = mlp.column(hidden, 4 * hidden), Gelu()
+        self.down = mlp.row(4 * hidden, hidden)
 
     def forward(self, x):
         y = self.norm1(x)
@@ -72,13 +95,13 @@ class Block(nn.Module):
 class MyModel(nn.Module):
     """`forward(input_ids, positions)` gives logits; that is all vLLM needs."""
 
-    def __init__(self, config, parallel_context, column, row):
+    def __init__(self, config, parallel_context, attention: Linears, mlp: Linears):
         super().__init__()
         hidden, shard = config.hidden_size, {"parallel_context": parallel_context}
         self.tokens = VocabParallelEmbedding(config.vocab_size, hidden, **shard)
         self.places = nn.Embedding(config.max_position_embeddings, hidden)
         self.blocks = nn.ModuleList(
-            Block(config, parallel_context.tp_size, column, row)
+            Block(config, parallel_context.tp_size, attention, mlp)
             for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(hidden)
@@ -104,20 +127,15 @@ class MyModelBuilder:
 
     @staticmethod
     def build(config, parallel_context):
-        def column(inputs, outputs):
-            return ColumnParallelLinear(
-                inputs, outputs, bias=False, parallel_context=parallel_context
-            )
-
-        def row(inputs, outputs):
-            return RowParallelLinear(
-                inputs, outputs, bias=False, parallel_context=parallel_context
-            )
-
-        return MyModel(config, parallel_context, column, row)
+        options = {"bias": False, "parallel_context": parallel_context}
+        ours = Linears(
+            partial(ColumnParallelLinear, **options),
+            partial(RowParallelLinear, **options),
+        )
+        return MyModel(config, parallel_context, attention=ours, mlp=ours)
 
 
-# --- another library's layers
+# --- other libraries' layers
 
 
 class MegatronLinear(nn.Module):
@@ -147,8 +165,8 @@ def megatron_sharding(module: nn.Module, tp_size: int) -> dict[str, ParameterSha
     }
 
 
-def build_with_megatron(config, parallel_context):
-    """A builder with Megatron's layers over the context's group, no global state."""
+def megatron_linears(parallel_context: ParallelContext) -> Linears:
+    """Megatron-Core's linears over the context's group, without its global state."""
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import layers
 
@@ -158,7 +176,7 @@ def build_with_megatron(config, parallel_context):
             params_dtype=torch.get_default_dtype(),
             use_cpu_initialization=True,  # on torch's default device
         ),
-        "init_method": lambda weight: nn.init.normal_(weight, std=0.1),
+        "init_method": partial(nn.init.normal_, std=0.1),
         "bias": False,
         "tp_group": parallel_context.tp_group,
     }
@@ -173,8 +191,22 @@ def build_with_megatron(config, parallel_context):
         )
         return MegatronLinear(layer, parallel_context)
 
-    return MyModel(config, parallel_context, column, row)
+    return Linears(column, row)
 
+
+def build_with_libraries(config, parallel_context):
+    """A builder with PyTorch's layers in attention and Megatron's in the MLP."""
+    plain = partial(nn.Linear, bias=False)
+    model = MyModel(
+        config,
+        parallel_context,
+        attention=Linears(plain, plain),
+        mlp=megatron_linears(parallel_context),
+    )
+    # The plan turns the weights into DTensors, which say themselves how they are cut.
+    plan = {f"blocks.*.{name}": ColwiseParallel() for name in ("q", "k", "v")}
+    plan["blocks.*.out"] = RowwiseParallel()
+    return parallelize_module(model, parallel_context.device_mesh()["tp"], plan)
 
 
 # --- the examples
@@ -238,27 +270,27 @@ def builder(ranks: TrainerRanks, directory: Path) -> None:
 
 
 def library(ranks: TrainerRanks, directory: Path) -> None:
-    """Megatron-Core's layers, trained and served."""
+    """Other libraries' layers, trained and served."""
     if importlib.util.find_spec("megatron") is None:
         sys.exit(
             "This example needs Megatron-Core: pip install megatron-core==0.16.1. The "
-            "others run without it: generic_model_parallelism.py manual builder"
+            "others run without it: give their name, manual or builder."
         )
-    train_and_serve(ranks, build_with_megatron, directory)
+    train_and_serve(ranks, build_with_libraries, directory)
 
 
 EXAMPLES = {"manual": manual, "builder": builder, "library": library}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("examples", nargs="*", choices=[*EXAMPLES, []], default=[])
+    parser.add_argument("example", nargs="?", choices=EXAMPLES)
     parser.add_argument("--out", type=Path, default=Path("build/parallelism"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with TrainerRanks() as ranks:
-        for name in args.examples or EXAMPLES:
+        for name in [args.example] if args.example else EXAMPLES:
             print(f"{name}: {EXAMPLES[name].__doc__}", flush=True)
             EXAMPLES[name](ranks, args.out / name)
     print("all checks passed")

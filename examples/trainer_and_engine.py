@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 # On CPU the engine's two workers get one core each.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -272,8 +273,8 @@ def train_and_serve(
     """
     losses = ranks.run(train, build, directory)
     print(f"  trained by {TP} ranks, loss {losses[0]:.3f} nats")
-    os.environ["VLLM_BATCH_INVARIANT"] = str(int(bitwise))
-    samples = sample(directory, build, **options)
+    with patch.dict(os.environ, VLLM_BATCH_INVARIANT=str(int(bitwise))):
+        samples = sample(directory, build, **options)
     scores = ranks.run(score, build, directory, [s.ids for s in samples], bitwise)
     engine = torch.tensor([x for each in samples for x in each.logprobs])
     for rank, rows in enumerate(scores):

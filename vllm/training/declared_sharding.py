@@ -92,7 +92,7 @@ def sharding_of_tensor(name: str, tensor: torch.Tensor) -> DeclaredSharding:
         return whole
     if not isinstance(placement, Shard):
         raise ValueError(
-            f"{name} is a DTensor with placement {placement} over tp; a checkpoint "
+            f"{name} is a DTensor with placement {placement!r} over tp; a checkpoint "
             "holds parameters with Shard(dim) or Replicate()."
         )
     dim = placement.dim % tensor.dim()
