@@ -50,7 +50,7 @@ class CoreAttention(nn.Module):
         )
 
     def forward(self, query, key, value, attention_mask, **_):
-        """[seq, batch, heads, head_size] -> [seq, batch, heads * head_size]"""
+        """[seq, batch, heads, head_size] -> [seq, batch, heads * head_size]."""
         query, key, value = (x.transpose(0, 1).flatten(2) for x in (query, key, value))
         return self.attn(query, key, value).transpose(0, 1)
 
@@ -79,7 +79,7 @@ class MegatronGPT(nn.Module):
         gpt.post_process = False  # its forward ends with the last norm: hidden states
 
     def forward(self, input_ids, positions):
-        """[batch, seq] -> logits [batch, seq, vocab_size]"""
+        """[batch, seq] -> logits [batch, seq, vocab_size]."""
         hidden_states = self.gpt(input_ids, positions, attention_mask=None)
         return self.lm_head(hidden_states.transpose(0, 1))
 

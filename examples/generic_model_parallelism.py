@@ -49,7 +49,6 @@ from vllm.model_executor.layers.training.sharding import (
 from vllm.model_executor.parallel_context import ParallelContext
 
 
-
 @dataclass
 class Linears:
     """How to make a layer from its numbers of input and output features.
@@ -158,7 +157,10 @@ def megatron_sharding(module: nn.Module, tp_size: int) -> dict[str, ParameterSha
     """The sharding of Megatron's parameters, which it notes as their attributes."""
     return {
         name: ParameterSharding.from_local(
-            parameter.shape, parameter.partition_dim, tp_size, parameter.partition_stride
+            parameter.shape,
+            parameter.partition_dim,
+            tp_size,
+            parameter.partition_stride,
         )
         for name, parameter in module.named_parameters()
         if getattr(parameter, "tensor_model_parallel", False)

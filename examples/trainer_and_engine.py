@@ -79,7 +79,7 @@ class TrainerRanks:
             self.processes.append(process)
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
-        """The results by rank; the first rank's error is raised here."""
+        """The results by rank. The first error ends it, and the use of the ranks."""
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
@@ -89,7 +89,7 @@ class TrainerRanks:
                 rank = pending[pipe]  # type: ignore[index]
                 try:
                     results[rank], error = self.pipes[rank].recv()
-                except EOFError:
+                except (EOFError, OSError):
                     error = "its process ended"
                 if error:
                     raise RuntimeError(f"Rank {rank} of the trainer failed: {error}")

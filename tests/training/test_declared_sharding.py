@@ -131,7 +131,11 @@ def test_a_dtensor_of_unequal_shards_is_refused(mesh):
     layer = nn.Linear(2, 2, bias=False)
     layer.weight = nn.Parameter(
         DTensor.from_local(
-            torch.zeros(2, 6), mesh, [Shard(0)], run_check=False, shape=(5, 6),
+            torch.zeros(2, 6),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=(5, 6),
             stride=(6, 1),
         )
     )

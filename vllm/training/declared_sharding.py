@@ -84,9 +84,10 @@ def sharding_of_tensor(name: str, tensor: torch.Tensor) -> DeclaredSharding:
     if not isinstance(tensor, DTensor):
         return whole
     mesh = tensor.device_mesh
-    if "tp" not in (mesh.mesh_dim_names or ()):
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names:
         return whole
-    axis = mesh.mesh_dim_names.index("tp")
+    axis = names.index("tp")
     size, placement = mesh.size(axis), tensor.placements[axis]
     if isinstance(placement, Replicate):
         return whole
@@ -108,7 +109,7 @@ def sharding_of_tensor(name: str, tensor: torch.Tensor) -> DeclaredSharding:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of it: the local tensor of a `DTensor`, any other as it is."""
+    """What this rank holds of a `DTensor`; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -126,8 +127,10 @@ def _context_of(layer: nn.Module, path: str) -> ParallelContext:
 def _check_shapes(
     layer: nn.Module, path: str, shardings: Mapping[str, ParameterSharding], size: int
 ) -> None:
-    tensors = dict(layer.named_parameters(remove_duplicate=False))
-    tensors |= dict(layer.named_buffers(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = {
+        **dict(layer.named_parameters(remove_duplicate=False)),
+        **dict(layer.named_buffers(remove_duplicate=False)),
+    }
     where = f"parameter_sharding() of {type(layer).__name__} at {path or 'the top'!r}"
     for name, sharding in shardings.items():
         if name not in tensors:
