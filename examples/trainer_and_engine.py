@@ -28,18 +28,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
 from vllm import training
-from vllm.model_executor.layers.training.sharding import (
-    ParameterSharding,
-    part_slices,
-)
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.declared_sharding import local_tensor
-from vllm.training.weights import CheckpointLayout, load_checkpoint
+from vllm.training.weights import load_checkpoint, save_checkpoint
 
 TP = 2
 FIELDS: dict[str, Any] = {
@@ -145,40 +138,10 @@ def train(context: ParallelContext, build: Builder, directory: Path) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    save(context, model, directory)
-    return loss.item()
-
-
-def save(context: ParallelContext, model: nn.Module, directory: Path) -> None:
-    """A model directory of whole tensors, whatever the number of ranks."""
-    parameters = dict(model.named_parameters())
-    tensors = {}
-    for name, shard in CheckpointLayout.of(model).shards.items():
-        tensor = local_tensor(parameters[name].detach())
-        if shard.tp_size > 1 and shard.sharding.dim is not None:
-            tensor = gather(context, tensor, shard.sharding, shard.sharding.dim)
-        tensors[name] = tensor.cpu().contiguous()
+    save_checkpoint(model, directory)  # whole tensors, whatever the number of ranks
     if context.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(FIELDS))
-        save_file(tensors, directory / "model.safetensors")
-
-
-def gather(
-    context: ParallelContext,
-    local: torch.Tensor,
-    sharding: ParameterSharding,
-    dim: int,
-) -> torch.Tensor:
-    """The whole of a parameter that is sharded along `dim`."""
-    shards = [torch.empty_like(local) for _ in range(context.tp_size)]
-    dist.all_gather(shards, local.contiguous(), group=context.group("tp"))
-    parts = []
-    for part, place in zip(sharding.parts, part_slices(sharding, context.tp_size)):
-        pieces = [s.narrow(dim, place.start, place.stop - place.start) for s in shards]
-        full = torch.cat(pieces[:: part.replicas], dim)
-        parts.append(full.narrow(dim, 0, part.size))  # without padding
-    return torch.cat(parts, dim)
+    return loss.item()
 
 
 @torch.no_grad()

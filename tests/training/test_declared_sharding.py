@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vllm.model_executor.layers.training import ColumnParallelLinear
@@ -125,24 +125,3 @@ def test_a_dtensor_says_itself(mesh, tmp_path, placement, full, rows):
     save_file({"weight": whole}, tmp_path / "model.safetensors")
     load_checkpoint(layer, tmp_path)
     assert torch.equal(layer.weight.to_local(), whole[rows])
-
-
-def test_a_dtensor_of_unequal_shards_is_refused(mesh):
-    layer = nn.Linear(2, 2, bias=False)
-    layer.weight = nn.Parameter(
-        DTensor.from_local(
-            torch.zeros(2, 6),
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=(5, 6),
-            stride=(6, 1),
-        )
-    )
-    with pytest.raises(ValueError, match="weight of shape .5, 6.*do not divide 5"):
-        CheckpointLayout.of(layer)
-
-
-def test_a_partial_dtensor_is_refused(mesh):
-    with pytest.raises(ValueError, match="weight is a DTensor with placement Partial"):
-        CheckpointLayout.of(dtensor_linear(mesh, Partial()))

@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a trainer imports from vLLM: set-up, batch invariance, weights, parity."""
+"""What a trainer imports from vLLM: set-up, sharding, checkpoints, parity."""
 
 import importlib
 from types import ModuleType
 
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.training.parallel import destroy_parallel, initialize_parallel
+from vllm.training.state import load_state, save_state
+from vllm.training.weights import load_checkpoint, save_checkpoint, sharding
 
-__all__ = ["batch_invariant", "destroy_parallel", "initialize_parallel", "parity"]
+__all__ = [
+    "batch_invariant",
+    "destroy_parallel",
+    "initialize_parallel",
+    "load_checkpoint",
+    "load_state",
+    "parity",
+    "save_checkpoint",
+    "save_state",
+    "sharding",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How the parameters of any module are sharded, whichever library it is from.
+"""How modules of any library say that their parameters are sharded.
 
-Three sources: a module's own `parameter_sharding()`, the placements of a `DTensor`, and
-for everything else the rule that each rank holds the whole.
+A parameter that no module speaks for is held whole by each rank, unless it is a
+`DTensor`, which says itself.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
-    ShardPart,
     local_shape,
 )
 from vllm.model_executor.parallel_context import ParallelContext
@@ -63,54 +61,6 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
                 sharding, context.tp_rank, context.tp_size
             )
     return declared
-
-
-def sharding_of_tensor(name: str, tensor: torch.Tensor) -> DeclaredSharding:
-    """The sharding of a parameter that no module declares.
-
-    Args:
-        name: The parameter's name, for errors.
-        tensor: A parameter or buffer.
-
-    Returns:
-        For a `DTensor` its placement over its mesh's dim "tp". Every other tensor is
-        held whole by each rank.
-
-    Raises:
-        ValueError: The ranks do not divide the sharded dimension, or the placement is
-            neither `Replicate` nor `Shard`.
-    """
-    whole = DeclaredSharding(ParameterSharding.replicated(tensor.shape), 0, 1)
-    if not isinstance(tensor, DTensor):
-        return whole
-    mesh = tensor.device_mesh
-    names = mesh.mesh_dim_names or ()
-    if "tp" not in names:
-        return whole
-    axis = names.index("tp")
-    size, placement = mesh.size(axis), tensor.placements[axis]
-    if isinstance(placement, Replicate):
-        return whole
-    if not isinstance(placement, Shard):
-        raise ValueError(
-            f"{name} is a DTensor with placement {placement!r} over tp; a checkpoint "
-            "holds parameters with Shard(dim) or Replicate()."
-        )
-    dim = placement.dim % tensor.dim()
-    if tensor.shape[dim] % size:
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} is sharded along dim {dim} over "
-            f"tp_size={size} ranks, which do not divide {tensor.shape[dim]}. Choose a "
-            "tensor-parallel size that does, or leave this module out of the plan."
-        )
-    part = ShardPart(None, None, tensor.shape[dim])
-    sharding = ParameterSharding(tensor.shape, dim, (part,))
-    return DeclaredSharding(sharding, mesh.get_local_rank(axis), size)
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a `DTensor`; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _context_of(layer: nn.Module, path: str) -> ParallelContext:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -41,6 +42,7 @@ def initialize_parallel(
     pipeline_parallel_size: int = 1,
     *,
     backend: str | None = None,
+    timeout: timedelta | None = None,
 ) -> ParallelContext:
     """Set up vLLM's process groups in a trainer.
 
@@ -56,12 +58,15 @@ def initialize_parallel(
         pipeline_parallel_size: number of pipeline stages.
         backend: torch.distributed backend; that of vLLM's platform if None ("nccl"
             on CUDA, "gloo" on CPU).
+        timeout: how long a collective waits for the other processes before it fails,
+            whole seconds; torch's default for the backend if None. It has to be longer
+            than one process can be ahead of another.
 
     Returns:
         The context for layers and model builders, on device cuda:local_rank or cpu.
 
     Raises:
-        ValueError: sizes that do not divide the world.
+        ValueError: sizes that do not divide the world, or another timeout.
         RuntimeError: the groups exist with other sizes, or the launcher's
             environment variables are incomplete.
     """
@@ -71,6 +76,7 @@ def initialize_parallel(
     ):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} must be an integer of at least 1.")
+    _check_timeout(timeout)
     if upstream.model_parallel_is_initialized():
         return _existing(tensor_parallel_size, pipeline_parallel_size)
 
@@ -88,10 +94,10 @@ def initialize_parallel(
     backend = backend or platform.dist_backend
     if platform.is_cuda_alike():
         torch.cuda.set_device(launch.local_rank)
-    _start_torch_distributed(launch, backend)
+    _start_torch_distributed(launch, backend, timeout)
     with _kept_environment():
         _start_vllm_groups(
-            launch, backend, tensor_parallel_size, pipeline_parallel_size
+            launch, backend, tensor_parallel_size, pipeline_parallel_size, timeout
         )
     context = ParallelContext.current()
     logger.info("Parallel training groups: %s", context)
@@ -149,19 +155,38 @@ def _read_launch() -> _Launch:
     )
 
 
-def _start_torch_distributed(launch: _Launch, backend: str) -> None:
+def _check_timeout(timeout: timedelta | None) -> None:
+    if timeout is None:
+        return
+    second = timedelta(seconds=1)
+    if not isinstance(timeout, timedelta) or timeout < second or timeout % second:
+        raise ValueError(
+            f"timeout={timeout!r} must be a datetime.timedelta of whole seconds, at "
+            "least one."
+        )
+
+
+def _start_torch_distributed(
+    launch: _Launch, backend: str, timeout: timedelta | None
+) -> None:
     if dist.is_initialized():
         return
     store: dist.Store
     if launch.world_size == 1:
         store = dist.HashStore()
     else:
-        # The launcher's store outlives the groups and keeps their keys, so groups
-        # that are made again need names of their own. All ranks count alike.
-        generation = f"vllm_training/{next(_generations)}"
+        # The launcher's store outlives the groups, and torchrun's the processes that
+        # it restarts; it keeps their keys, so groups that are made again need names
+        # of their own. All ranks count alike.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        generation = f"vllm_training/{attempt}/{next(_generations)}"
         store = dist.PrefixStore(generation, _launcher_store(launch))
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size
+        backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
     )
 
 
@@ -173,9 +198,17 @@ def _launcher_store(launch: _Launch) -> dist.Store:
 
 
 def _start_vllm_groups(
-    launch: _Launch, backend: str, tp_size: int, pp_size: int
+    launch: _Launch,
+    backend: str,
+    tp_size: int,
+    pp_size: int,
+    timeout: timedelta | None,
 ) -> None:
     config = upstream.VllmConfig()
+    if timeout is not None:
+        seconds = int(timeout.total_seconds())
+        config.parallel_config.distributed_timeout_seconds = seconds
+        config.parallel_config.cpu_distributed_timeout_seconds = seconds
     with upstream.set_current_vllm_config(config):
         upstream.init_distributed_environment(
             world_size=launch.world_size,

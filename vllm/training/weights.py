@@ -1,222 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Checkpoints of models made of training layers: names, loading, saving.
+"""Weights of models made of training layers: sharding, loading, saving."""
 
-A checkpoint holds whole tensors under the model's parameter names. A parameter in
-which a layer keeps several tensors (q, k and v; gate and up) stands in it as those
-tensors if the layer names them, and is accepted whole as well.
-"""
-
-import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.sharding import (
-    ParameterSharding,
-    ShardPart,
-    part_slices,
-    take_shard,
-)
-from vllm.training.declared_sharding import (
-    declared_shardings,
-    local_tensor,
-    sharding_of_tensor,
-)
-from vllm.training.files import whole_file
+from vllm.training.checkpoint_files import CheckpointWriter, checkpoint_files
 from vllm.training.fingerprint import fingerprint
+from vllm.training.gather import Gatherer, GatherPlan
+from vllm.training.layout import (
+    CheckpointLayout,
+    CheckpointTensor,
+    LayoutCheck,
+    tensors_of,
+    unwrapped,
+)
+from vllm.training.ranks import on_rank_0
+from vllm.training.shards import ShardedParameter, held
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        parameter: Name of the parameter or buffer that holds it.
-        shape: Its full, unsharded shape.
-        parts: The parts of the parameter's sharding that it consists of: one, or
-            all for a fused parameter as a whole.
-        dim: The dimension along which the parts lie; None if not sharded.
-    """
-
-    parameter: str
-    shape: torch.Size
-    parts: tuple[ShardPart, ...]
-    dim: int | None
-
-    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[ShardPart, torch.Tensor]]:
-        """`tensor` cut into its parts."""
-        if len(self.parts) == 1 or self.dim is None:
-            yield self.parts[0], tensor
-        else:
-            sizes = [part.size for part in self.parts]
-            yield from zip(self.parts, tensor.split(sizes, dim=self.dim))
-
-
-@dataclass(frozen=True)
-class LocalShard:
-    """What this rank holds of a parameter."""
-
-    sharding: ParameterSharding
-    tp_rank: int
-    tp_size: int
-
-    def put(self, target: torch.Tensor, tensor: torch.Tensor, part: ShardPart) -> None:
-        """Copy this rank's piece of a full part into the local parameter."""
-        target = local_tensor(target)
-        sharding = self.sharding
-        shard = take_shard(tensor, sharding, part, self.tp_rank, self.tp_size)
-        if sharding.dim is not None:
-            place = part_slices(sharding, self.tp_size)[sharding.parts.index(part)]
-            target = target.narrow(sharding.dim, place.start, shard.shape[sharding.dim])
-        target.copy_(shard)
-
-
-@dataclass
-class CheckpointLayout:
-    """The checkpoint tensors of a module.
-
-    Attributes:
-        tensors: What a checkpoint of the module holds, by name.
-        fused: Whole fused parameters, accepted in place of their named parts.
-        aliases: Other names of tied parameters, with the name of the first: accepted
-            in its place.
-        shards: What this rank holds of each parameter, by parameter name.
-    """
-
-    tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
-    fused: dict[str, CheckpointTensor] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    shards: dict[str, LocalShard] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "CheckpointLayout":
-        """The layout of `module`, before it is bound to an engine."""
-        layout = cls()
-        seen: dict[int, str] = {}
-        declared = declared_shardings(module)
-        for path, layer in module.named_modules(remove_duplicate=False):
-            prefix = f"{path}." if path else ""
-            for name, tensor in _own_tensors(layer):
-                full_name = prefix + name
-                if id(tensor) in seen:
-                    layout.aliases[full_name] = seen[id(tensor)]
-                    continue
-                seen[id(tensor)] = full_name
-                shard = declared.get(full_name) or sharding_of_tensor(full_name, tensor)
-                layout.shards[full_name] = LocalShard(*shard)
-                layout._add(prefix, name, shard.sharding)
-        return layout
-
-    def _add(self, prefix: str, name: str, sharding: ParameterSharding) -> None:
-        parameter = prefix + name
-        parts, dim = sharding.parts, sharding.dim
-        whole = CheckpointTensor(parameter, sharding.shape, parts, dim)
-        if dim is None or any(part.name is None for part in parts):
-            self.tensors[parameter] = whole
-            return
-        self.fused[parameter] = whole
-        parent = prefix.rstrip(".").rpartition(".")[0]
-        for part in parts:
-            shape = list(sharding.shape)
-            shape[dim] = part.size
-            full_name = ".".join(filter(None, (parent, part.name, name)))
-            self.tensors[full_name] = CheckpointTensor(
-                parameter, torch.Size(shape), (part,), dim
-            )
-
-
-def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from layer.named_parameters(recurse=False)
-    for name, buffer in layer.named_buffers(recurse=False):
-        if name not in layer._non_persistent_buffers_set:
-            yield name, buffer
-
-
-class LayoutCheck:
-    """Compares the tensors of a checkpoint with a layout, all of them."""
-
-    def __init__(self, layout: CheckpointLayout) -> None:
-        self.layout = layout
-        self.found: set[str] = set()
-        self.extra: list[str] = []
-        self.misshapen: list[str] = []
-
-    def match(self, name: str, shape: Iterable[int]) -> CheckpointTensor | None:
-        """The layout's tensor of that name; None if it is not to be loaded."""
-        layout = self.layout
-        known = layout.aliases.get(name, name)
-        tensor = layout.tensors.get(known) or layout.fused.get(known)
-        if tensor is None:
-            self.extra.append(name)
-            return None
-        if name in layout.aliases and known in self.found:
-            return None
-        self.found.add(known)
-        if tuple(shape) != tuple(tensor.shape):
-            self.misshapen.append(
-                f"{name} is {list(shape)}, the model needs {list(tensor.shape)}"
-            )
-            return None
-        return tensor
-
-    def missing(self) -> list[str]:
-        """Tensors of the layout that have not been matched."""
-        return [
-            name
-            for name, tensor in self.layout.tensors.items()
-            if name not in self.found and tensor.parameter not in self.found
-        ]
-
-    def missing_beside_found(self) -> list[str]:
-        """Those of `missing` whose module has been matched in part."""
-        tensors = self.layout.tensors | self.layout.fused
-        touched = {_module_of(tensors[name].parameter) for name in self.found}
-        return [
-            n for n in self.missing() if _module_of(tensors[n].parameter) in touched
-        ]
-
-    def finish(self, missing: list[str]) -> None:
-        """Report everything that is wrong.
-
-        Args:
-            missing: Names whose absence is an error.
-
-        Raises:
-            ValueError: Names every missing, extra and wrongly shaped tensor.
-        """
-        report = ["The checkpoint does not fit the model."]
-        for title, names in (
-            ("Missing", missing),
-            ("Not in the model", self.extra),
-            ("Wrong shape", self.misshapen),
-        ):
-            if names:
-                report.append(f"{title} ({len(names)}): {'; '.join(sorted(names))}.")
-        if len(report) > 1:
-            raise ValueError(" ".join(report))
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
 
 class EngineLoader:
     """`load_weights` of a model whose layers are bound to the engine.
@@ -345,13 +159,13 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
 def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
     """Give sharded parameters that have no `weight_loader` one that takes the shard."""
     for name, parameter in model.named_parameters():
-        shard = layout.shards.get(name)
-        if shard is not None and not hasattr(parameter, "weight_loader"):
-            cast(Any, parameter).weight_loader = _shard_loader(shard)
+        sharded = layout.parameters.get(name)
+        if sharded is not None and not hasattr(parameter, "weight_loader"):
+            cast(Any, parameter).weight_loader = _shard_loader(sharded)
 
 
-def _shard_loader(shard: LocalShard) -> Callable[..., None]:
-    parts = {part.shard_id: part for part in shard.sharding.parts}
+def _shard_loader(sharded: ShardedParameter) -> Callable[..., None]:
+    shards = {shard.part: shard for shard in sharded.shards}
 
     # vLLM's reloading replays the call and knows its arguments by these names.
     def load_shard(
@@ -359,25 +173,44 @@ def _shard_loader(shard: LocalShard) -> Callable[..., None]:
         loaded_weight: torch.Tensor,
         loaded_shard_id: str | int | None = None,
     ) -> None:
-        shard.put(param.data, loaded_weight, parts[loaded_shard_id])
+        shard = shards[loaded_shard_id]
+        piece = loaded_weight[sharded.source(shard, shard.part_start)]
+        sharded.put(held(param.data), shard, piece)
 
     return load_shard
+
+
+def sharding(model: nn.Module) -> dict[str, ShardedParameter]:
+    """How every parameter and persistent buffer of a model is sharded.
+
+    Args:
+        model: a trainer's model, built with the `ParallelContext` of this process, also
+            under DistributedDataParallel or FSDP2. An engine is asked by
+            `llm.collective_rpc("call_training", args=("sharding",))`.
+
+    Returns:
+        What this rank holds, by parameter name. Tied parameters stand under the first
+        of their names.
+    """
+    return CheckpointLayout.of(unwrapped(model)).parameters
 
 
 def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     """Load a model directory's safetensors into a training module.
 
-    Nothing is written to the module unless the whole checkpoint fits.
+    Each rank reads its pieces alone. Nothing is written to the module unless the whole
+    checkpoint fits.
 
     Args:
-        module: Built with the `ParallelContext` of this process; each rank takes
-            its shard.
+        module: Built with the `ParallelContext` of this process, also under
+            DistributedDataParallel or FSDP2.
         directory: Holds `model.safetensors`, or several files and their index.
 
     Raises:
         FileNotFoundError: There are no safetensors.
         ValueError: Names all missing, extra and wrongly shaped tensors.
     """
+    module = unwrapped(module)
     layout = CheckpointLayout.of(module)
     with ExitStack() as stack:
         source: dict[str, Any] = {}
@@ -390,70 +223,92 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
             for name, handle in source.items()
         }
         check.finish(check.missing())
-        targets = dict(module.named_parameters()) | dict(module.named_buffers())
-        with torch.no_grad():
-            for name, entry in matched.items():
-                if entry is None:
-                    continue
-                shard, target = layout.shards[entry.parameter], targets[entry.parameter]
-                for part, piece in entry.pieces(source[name].get_tensor(name)):
-                    shard.put(target, piece, part)
+        targets = tensors_of(module)
+        for name, entry in matched.items():
+            if entry is None:
+                continue
+            sharded = layout.parameters[entry.parameter]
+            target = held(targets[entry.parameter])
+            parts = {part.shard_id for part in entry.parts}
+            for shard in sharded.shards:
+                if shard.part in parts:
+                    box = sharded.source(shard, entry.origin)
+                    sharded.put(target, shard, _read(source[name], name, box))
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory."""
-    index = directory / INDEX_NAME
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"].values()
-        return [directory / name for name in sorted(set(names))]
-    single = directory / WEIGHTS_NAME
-    if not single.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}."
-        )
-    return [single]
+def _read(file: Any, name: str, box: tuple[slice, ...]) -> torch.Tensor:
+    """A box of a tensor in a safetensors file; a file has no boxes of a scalar."""
+    return file.get_slice(name)[box] if box else file.get_tensor(name)
 
 
 def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint of `module`, detached, in the layout's order.
+    """The whole tensors of a checkpoint of `module`, detached, on every rank.
 
     They can be given to an engine as they are:
     `llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(...)})`.
 
+    The processes of a job that shards the module iterate together, to the end: pieces
+    are gathered, one tensor at a time. Of a module that is not sharded each process has
+    the tensors alone.
+
     Raises:
-        ValueError: The module is sharded over several tensor-parallel ranks.
+        RuntimeError: The processes together do not hold the module.
     """
-    layout = CheckpointLayout.of(module)
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, entry in layout.tensors.items():
-        tensor, shard = (
-            tensors[entry.parameter].detach(),
-            layout.shards[entry.parameter],
-        )
-        if shard.tp_size > 1:
-            raise ValueError(
-                f"{name} is sharded: this rank holds {list(tensor.shape)} of "
-                f"{list(entry.shape)}. Saving is supported with tensor_parallel_size=1."
-            )
-        sharding = shard.sharding
-        if sharding.dim is not None:
-            index = sharding.parts.index(entry.parts[0])
-            start = part_slices(sharding, 1)[index].start
-            tensor = tensor.narrow(sharding.dim, start, entry.shape[sharding.dim])
-        yield name, tensor
+    gatherer = Gatherer(unwrapped(module), alone=True)
+    for name in gatherer.plans:
+        yield name, gatherer.gather(name)
 
 
-def save_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
-    """Write `model.safetensors`, whole or not at all.
+def save_checkpoint(
+    module: nn.Module,
+    directory: str | os.PathLike,
+    max_shard_size: int = 5 * 2**30,
+) -> None:
+    """Write a module's tensors as one checkpoint of safetensors, whole or not at all.
+
+    Where there are several processes all of them call it, and it returns when the
+    checkpoint is written. Rank 0 writes; it holds one file's tensors at a time, the
+    others one tensor. The old checkpoint stays until the new one is complete.
 
     Args:
-        module: A training module with tensor_parallel_size 1.
+        module: A training module, sharded or not, also under DistributedDataParallel
+            or FSDP2.
         directory: Made if it does not exist.
+        max_shard_size: Size of a file in bytes: a larger checkpoint becomes several
+            files and `model.safetensors.index.json`.
+
+    Raises:
+        RuntimeError: The processes together do not hold the module, or rank 0 could
+            not write; the message says why.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.contiguous().cpu() for name, tensor in checkpoint_tensors(module)
-    }
-    with whole_file(directory / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    gatherer = Gatherer(unwrapped(module), alone=False)
+    groups = _file_groups(gatherer.plans, max_shard_size)
+    writer = CheckpointWriter(Path(directory), len(groups))
+    try:
+        on_rank_0(writer.begin)
+        for names in groups:
+            tensors = {}
+            for name in names:
+                tensor = gatherer.gather(name)
+                if gatherer.rank == 0:
+                    tensors[name] = tensor.contiguous().cpu()
+            on_rank_0(partial(writer.add, tensors))
+        on_rank_0(writer.commit)
+    finally:
+        if gatherer.rank == 0:
+            writer.discard()
+
+
+def _file_groups(plans: Mapping[str, GatherPlan], limit: int) -> list[list[str]]:
+    """The tensors of each file: in order, up to `limit` bytes, at least one."""
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"max_shard_size={limit!r} must be a number of bytes above 0.")
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, plan in plans.items():
+        if groups[-1] and plan.num_bytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= plan.num_bytes
+    return groups

@@ -8,6 +8,7 @@ Arguments and results are plain values, which reach every executor's workers.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vllm.model_executor.layers.training.batch_invariance import is_batch_invari
 from vllm.training.parity.localise import ModuleRecorder
 from vllm.training.weights import EngineLoader
 
-__all__ = ["describe", "start_recording", "stop_recording"]
+__all__ = ["describe", "sharding", "start_recording", "stop_recording"]
 
 _RECORDER = "_training_recorder"
 
@@ -73,6 +74,24 @@ def describe(worker: Any) -> dict[str, Any]:
         "weights": dict(recorded.fingerprints) if recorded else None,
         "weights_missing": recorded.never_loaded() if recorded else [],
     }
+
+
+def sharding(worker: Any) -> dict[str, dict[str, Any]]:
+    """What a worker holds of each parameter: `ShardedParameter` as plain values.
+
+    Raises:
+        ValueError: the model has its own `load_weights`, so nothing is known of it.
+    """
+    model = worker.get_model()
+    loader = getattr(model, "loader", None)
+    if not isinstance(loader, EngineLoader):
+        raise ValueError(
+            f"{type(model).__name__} loads its weights itself, so how they are sharded "
+            "is not known. Register a builder of a training-only module, or give the "
+            "model a `loader` (vllm.training.weights.EngineLoader)."
+        )
+    parameters = loader.layout.parameters
+    return {name: asdict(parameter) for name, parameter in parameters.items()}
 
 
 def _attention_backends(worker: Any) -> list[str]:

@@ -150,6 +150,18 @@ def part_slices(sharding: ParameterSharding, tp_size: int) -> tuple[slice, ...]:
     return tuple(slices)
 
 
+def part_rows(part: ShardPart, tp_rank: int, tp_size: int) -> tuple[int, int]:
+    """The piece of a part that a rank holds, along the sharded dim.
+
+    Returns:
+        Where it begins in the part's full tensor, and its size there; what the rank
+        holds beyond that size is padding.
+    """
+    size = part.local_size(tp_size)
+    start = min(tp_rank // part.replicas * size, part.size)
+    return start, min(size, part.size - start)
+
+
 def split_parts(
     full_tensor: torch.Tensor, sharding: ParameterSharding
 ) -> tuple[torch.Tensor, ...]:
@@ -195,9 +207,8 @@ def take_shard(
         f"part {part.name or part.shard_id or 'weight'}", full_tensor, expected
     )
     size = part.local_size(tp_size)
-    start = tp_rank // part.replicas * size
-    real = max(0, min(size, part.size - start))
-    piece = full_tensor.narrow(dim, min(start, part.size), real)
+    start, real = part_rows(part, tp_rank, tp_size)
+    piece = full_tensor.narrow(dim, start, real)
     if real == size:
         return piece
     padding = list(piece.shape)

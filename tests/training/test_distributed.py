@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Trainers of several processes, through torchrun: four at work, and two that die."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm import training
+from vllm.model_executor.parallel_context import ParallelContext
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from distributed_model import moments, parallelized, weights  # noqa: E402
+
+
+def torchrun(count, arguments, folder, *options):
+    """Start torchrun and wait; its process and what it wrote."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", *options),
+        *("--nproc-per-node", str(count), *map(str, arguments)),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CHECKS_FOLDER": str(folder),
+        "PYTHONPATH": str(HERE),
+    }
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """What four ranks have checked and left in their folder."""
+    folder = tmp_path_factory.mktemp("four")
+    checks = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=8"]
+    done = torchrun(4, [*checks, HERE / "distributed_checks.py"], folder)
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def saved(four_ranks):
+    """Where four ranks have saved `state`, and `saved.pt` with what is in it."""
+    folder, done = four_ranks
+    assert done.returncode == 0
+    return folder
+
+
+def test_four_ranks(four_ranks):
+    _, done = four_ranks
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert report.count(" passed") == 4, report
+
+
+def resume(directory):
+    """Weights and moments of a checkpoint in a process without groups."""
+    model, optimizer = parallelized(ParallelContext.single(), "plain")
+    training.load_state(model, optimizer, directory)
+    return weights(model) | moments(model, optimizer)
+
+
+def assert_is_state(directory, saved):
+    found, expected = resume(directory), torch.load(saved / "saved.pt")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_one_process_resumes_what_four_have_saved(saved):
+    assert_is_state(saved / "state", saved)
+
+
+def test_two_ranks_of_which_one_is_killed(saved):
+    """While it saves, and when torchrun has started both again, while it trains."""
+    script = [HERE / "dying_checks.py", "killed"]
+    done = torchrun(2, script, saved, "--max-restarts", "1")
+    assert done.returncode == 1, done.stderr
+    for restart in (0, 1):
+        seconds, error = (saved / f"rank-0-killed-{restart}").read_text().split("\n", 1)
+        assert float(seconds) < 30
+        assert re.search("Connection (reset|closed) by peer", error), error
+    assert not list(saved.glob("rank-1-*"))
+    assert "exitcode  : -9" in done.stderr and "(SIGKILL)" in done.stderr
+    assert processes_in(saved) == []
+    # The save before is what it was, and the killed one does not look like one.
+    assert_is_state(saved / "state", saved)
+    assert not (saved / "next").exists()
+    unfinished = saved / ".next.unfinished"
+    assert any(unfinished.iterdir())
+    with pytest.raises(FileNotFoundError, match="optimizer.pt. A save that was inter"):
+        resume(unfinished)
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(saved):
+    done = torchrun(2, [HERE / "dying_checks.py", "hanging"], saved)
+    assert done.returncode == 1, done.stderr
+    seconds, error = (saved / "rank-0-hanging-0").read_text().split("\n", 1)
+    assert float(seconds) < 30
+    assert "Timed out waiting 4000ms" in error
+    assert processes_in(saved) == []
+
+
+def processes_in(folder):
+    """Processes that were started with this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"CHECKS_FOLDER={folder}\0".encode() in environment:
+            found.append(process.name)
+    return found

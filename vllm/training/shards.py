@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What one rank holds of a model's parameters, as boxes of the checkpoint's tensors.
+
+A box is an offset and a size in each dimension. Saving, loading, resharding and weight
+transfer copy boxes; none of them knows a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from vllm.model_executor.layers.training.sharding import (
+    ParameterSharding,
+    part_rows,
+    part_slices,
+)
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """The piece of one checkpoint tensor that this rank holds.
+
+    Attributes:
+        tensor: name of the tensor in the checkpoint.
+        part: which part of a fused parameter it is, as vLLM's `weight_loader` names
+            it ("q", "k", "v", or an index); None where nothing is fused.
+        part_start: where the part begins in the full fused parameter, along the
+            parameter's `dim`.
+        shape: full shape of the tensor.
+        sizes: shape of the piece. It is empty where the rank holds nothing but
+            padding.
+        offsets: where the piece begins in the tensor.
+        parameter_offsets: where it begins in the full parameter.
+        local_offsets: where it begins in what this rank holds of the parameter.
+        padding: rows of zeros that follow it in what this rank holds, along the
+            parameter's `dim`; they are not part of the checkpoint.
+        replicas: how many consecutive ranks of "tp" hold the same piece where it is
+            sharded over "tp".
+    """
+
+    tensor: str
+    part: str | int | None
+    part_start: int
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    parameter_offsets: tuple[int, ...]
+    local_offsets: tuple[int, ...]
+    padding: int
+    replicas: int
+
+    def local(self, held: torch.Tensor) -> torch.Tensor:
+        """The piece as a view of what this rank holds of the parameter."""
+        return held[_box(self.local_offsets, self.sizes)]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the piece."""
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """One parameter or persistent buffer of a model, as this rank holds it.
+
+    Attributes:
+        name: its name in the model.
+        shape: full shape over all ranks, without padding and replicas; fused parts
+            side by side.
+        local_shape: shape of what this rank holds.
+        dim: the dimension along which its fused parts lie and tensor parallelism cuts
+            it; None where it has neither.
+        dims: the sharded dimension by the group it is sharded over: "tp", and the
+            dims of a DTensor's mesh, such as "dp" under FSDP2. A group that is not
+            listed holds replicas.
+        shards: what this rank holds of each of the checkpoint's tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dim: int | None
+    dims: dict[str, int]
+    shards: tuple[TensorShard, ...]
+
+    def source(self, shard: TensorShard, origin: int) -> tuple[slice, ...]:
+        """Where a shard lies in a tensor that begins at `origin` in the parameter.
+
+        Args:
+            shard: one of `shards`.
+            origin: index along `dim`.
+        """
+        offsets = list(shard.parameter_offsets)
+        if self.dim is not None:
+            offsets[self.dim] -= origin
+        return _box(offsets, shard.sizes)
+
+    def put(self, held: torch.Tensor, shard: TensorShard, piece: torch.Tensor) -> None:
+        """Copy a shard's piece to its place, and zero the padding behind it.
+
+        Args:
+            held: shape = local_shape.
+            shard: one of `shards`.
+            piece: shape = shard.sizes.
+        """
+        shard.local(held).copy_(piece)
+        self.clear_padding(held, shard)
+
+    def clear_padding(self, held: torch.Tensor, shard: TensorShard) -> None:
+        """Zero the padding behind a shard."""
+        if shard.padding and self.dim is not None:
+            start = shard.local_offsets[self.dim] + shard.sizes[self.dim]
+            held.narrow(self.dim, start, shard.padding).zero_()
+
+
+@dataclass(frozen=True)
+class PartName:
+    """The checkpoint tensor that a part of a parameter is stored in.
+
+    Attributes:
+        tensor: its name.
+        shape: its full shape.
+        origin: where the tensor begins in the full parameter, along its `dim`.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    origin: int
+
+
+def shard_parameter(
+    name: str,
+    tensor: torch.Tensor,
+    sharding: ParameterSharding,
+    stored: Sequence[PartName],
+    tp_rank: int,
+    tp_size: int,
+) -> ShardedParameter:
+    """Describe what this rank holds of a parameter.
+
+    Args:
+        name: the parameter's name.
+        tensor: the parameter; a DTensor is sharded further, as FSDP2 does.
+        sharding: how it is cut over the tensor-parallel ranks.
+        stored: the checkpoint tensor of each of the sharding's parts.
+        tp_rank: this rank.
+        tp_size: number of ranks.
+    """
+    offsets, sizes, dims = _held_box(tensor)
+    if sharding.dim is not None and tp_size > 1:
+        dims = {"tp": sharding.dim} | dims
+    shards, start = [], 0
+    places = part_slices(sharding, tp_size)
+    for part, place, where in zip(sharding.parts, places, stored, strict=True):
+        run = _Run(0, 0, 0, 0)
+        if sharding.dim is not None:
+            row, rows = part_rows(part, tp_rank, tp_size)
+            first, size = offsets[sharding.dim], sizes[sharding.dim]
+            run = _Run.of(place, row, rows, first, first + size)
+        shard = TensorShard(
+            tensor=where.tensor,
+            part=part.shard_id,
+            part_start=start,
+            shape=where.shape,
+            sizes=_with(sizes, sharding.dim, run.size),
+            offsets=_with(offsets, sharding.dim, start + run.row - where.origin),
+            parameter_offsets=_with(offsets, sharding.dim, start + run.row),
+            local_offsets=_with((0,) * len(sizes), sharding.dim, run.local),
+            padding=run.padding,
+            replicas=part.replicas,
+        )
+        if math.prod(_with(shard.sizes, sharding.dim, run.size + run.padding)):
+            shards.append(shard)
+        start += part.size
+    return ShardedParameter(
+        name, tuple(sharding.shape), sizes, sharding.dim, dims, tuple(shards)
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What this rank holds of a part, along the parameter's `dim`.
+
+    Attributes:
+        row: where it begins in the part.
+        local: where it begins in what this rank holds of the parameter.
+        size: rows of the part.
+        padding: rows of zeros behind them.
+    """
+
+    row: int
+    local: int
+    size: int
+    padding: int
+
+    @classmethod
+    def of(cls, place: slice, row: int, rows: int, first: int, last: int) -> _Run:
+        """The rows of a part within a rank's rows of the tensor-parallel shard.
+
+        Args:
+            place: the part's rows of the shard, padding included.
+            row: where they begin in the part.
+            rows: how many of them are the part's.
+            first: first row of the shard that this rank holds.
+            last: the row behind the last one.
+        """
+        begin = min(max(place.start, first), place.stop)
+        end = max(begin, min(place.stop, last))
+        skipped = min(begin - place.start, rows)
+        size = min(end - begin, rows - skipped)
+        return cls(row + skipped, begin - first, size, end - begin - size)
+
+
+def _with(values: tuple[int, ...], dim: int | None, value: int) -> tuple[int, ...]:
+    """`values` with another value in one dim, if one is given."""
+    return values if dim is None else (*values[:dim], value, *values[dim + 1 :])
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, sharing its memory; detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _held_box(
+    tensor: torch.Tensor,
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
+    """Offset, size and sharded dims of what this rank holds of a possible DTensor."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tuple(tensor.shape), {}
+    (chunk,) = tensor.__create_chunk_list__()
+    mesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or [f"mesh_{index}" for index in range(mesh.ndim)]
+    dims = {
+        name: placement.dim
+        for name, placement in zip(names, tensor.placements, strict=True)
+        if isinstance(placement, Shard)
+    }
+    return tuple(chunk.offsets), tuple(chunk.sizes), dims
+
+
+def _box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes))
