@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_model import (
+from tests.training.distributed_model import (
     Trainable,
     gradients,
     moments,

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.distributed_model import moments, parallelized, weights
 from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from distributed_model import moments, parallelized, weights  # noqa: E402
 
 
 def torchrun(count, arguments, folder, *options):
@@ -29,7 +27,7 @@ def torchrun(count, arguments, folder, *options):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CHECKS_FOLDER": str(folder),
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": str(HERE.parents[1]),
     }
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300

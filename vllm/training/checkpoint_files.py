@@ -21,8 +21,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm.training.files import whole_file
-
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished-"
@@ -83,7 +81,7 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove what was added and not committed; the old checkpoint stays."""
-        for name in self._names:
+        for name in (*self._names, INDEX_NAME):
             (self.directory / f"{_UNFINISHED}{name}").unlink(missing_ok=True)
 
     def commit(self) -> None:
@@ -114,8 +112,9 @@ class CheckpointWriter:
         files = [self.directory / name for name in set(weight_map.values())]
         size = sum(file.stat().st_size for file in files)
         fields = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        with whole_file(self.directory / INDEX_NAME) as path:
-            path.write_text(json.dumps(fields, indent=2))
+        unfinished = self.directory / f"{_UNFINISHED}{INDEX_NAME}"
+        unfinished.write_text(json.dumps(fields, indent=2))
+        os.replace(unfinished, self.directory / INDEX_NAME)
 
 
 def _parts(directory: Path) -> set[str]:

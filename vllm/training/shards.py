@@ -160,9 +160,9 @@ def shard_parameter(
     for part, place, where in zip(sharding.parts, places, stored, strict=True):
         run = _Run(0, 0, 0, 0)
         if sharding.dim is not None:
-            row, rows = part_rows(part, tp_rank, tp_size)
+            row, count = part_rows(part, tp_rank, tp_size)
             first, size = offsets[sharding.dim], sizes[sharding.dim]
-            run = _Run.of(place, row, rows, first, first + size)
+            run = _Run.of(place, row, count, first, first + size)
         shard = TensorShard(
             tensor=where.tensor,
             part=part.shard_id,
@@ -175,7 +175,8 @@ def shard_parameter(
             padding=run.padding,
             replicas=part.replicas,
         )
-        if math.prod(_with(shard.sizes, sharding.dim, run.size + run.padding)):
+        rows = _with(shard.sizes, sharding.dim, run.size + run.padding)
+        if math.prod(rows) or not math.prod(sharding.shape):
             shards.append(shard)
         start += part.size
     return ShardedParameter(

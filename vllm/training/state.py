@@ -37,7 +37,7 @@ from vllm.training.reshard import (
     stored_tensors,
     write_pieces,
 )
-from vllm.training.shards import held
+from vllm.training.shards import ShardedParameter, held
 
 RECORD_NAME = "optimizer.pt"
 
@@ -250,15 +250,12 @@ class _Fit:
                 f"optimizer is {used}. Make one of the class that was saved."
             )
         for name, parameter in trained.parameters.items():
-            dtype = trained.tensors[name].dtype
-            for shard in parameter.shards:
-                fit._compare("model." + shard.tensor, shard.shape, dtype, stored)
+            fit._compare("model.", parameter, trained.tensors[name].dtype, stored)
         known = [name for name in trained.names if name in saved]
         for name in known:
             for key, dtype in saved[name]["tensors"].items():
-                for shard in trained.parameters[name].shards:
-                    stored_name = _state_prefix(key) + shard.tensor
-                    fit._compare(stored_name, shard.shape, dtype, stored)
+                parameter = trained.parameters[name]
+                fit._compare(_state_prefix(key), parameter, dtype, stored)
         fit._add("Not trained when it was saved", fit.trained.difference(known))
         if len(known) == len(trained.names):
             mixed = trained.mixed_groups(saved)
@@ -267,21 +264,27 @@ class _Fit:
 
     def _compare(
         self,
-        name: str,
-        shape: tuple[int, ...],
+        prefix: str,
+        parameter: ShardedParameter,
         dtype: torch.dtype,
         stored: Mapping[str, TensorStorageMetadata],
     ) -> None:
-        self.wanted.add(name)
-        entry = stored.get(name)
-        if entry is None:
-            self._add("Missing", [name])
-        elif tuple(entry.size) != shape:
-            given = f"{name} is {list(entry.size)}, the model needs {list(shape)}"
-            self._add("Wrong shape", [given])
-        elif entry.properties.dtype != dtype:
-            given = f"{name} is {entry.properties.dtype}, the model needs {dtype}"
-            self._add("Wrong dtype", [given])
+        """Look for what this rank holds of a tensor sharded as a parameter is."""
+        for shard in parameter.shards:
+            if not shard.numel:
+                continue
+            name = prefix + shard.tensor
+            self.wanted.add(name)
+            entry = stored.get(name)
+            if entry is None:
+                self._add("Missing", [name])
+            elif tuple(entry.size) != shard.shape:
+                found, needed = list(entry.size), list(shard.shape)
+                given = f"{name} is {found}, the model needs {needed}"
+                self._add("Wrong shape", [given])
+            elif entry.properties.dtype != dtype:
+                given = f"{name} is {entry.properties.dtype}, the model needs {dtype}"
+                self._add("Wrong dtype", [given])
 
     def _add(self, title: str, names: Iterable[str]) -> None:
         self.problems.setdefault(title, set()).update(names)
