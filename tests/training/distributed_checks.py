@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
 from tests.training.distributed_model import (
     Trainable,
     gradients,
@@ -24,8 +26,6 @@ from tests.training.distributed_model import (
     train,
     weights,
 )
-from safetensors.torch import load_file, save_file
-
 from vllm import training
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerForCausalLM,

@@ -69,7 +69,7 @@ def parallelized(context, kind, tied=False):
 
 
 def train(model, optimizer, steps, context):
-    """Steps on this data-parallel rank's part of each batch; the last gradients stay."""
+    """Steps on this rank's part of each batch; the last gradients stay."""
     for step in steps:
         optimizer.zero_grad()
         ids = batch(step).chunk(context.dp_size)[context.dp_rank]

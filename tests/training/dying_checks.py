@@ -14,8 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from tests.training.distributed_model import moments, parallelized, train, weights
 
+from tests.training.distributed_model import moments, parallelized, train, weights
 from vllm import training
 from vllm.training import reshard
 

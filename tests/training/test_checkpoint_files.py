@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Saves that fail or are killed at any point leave the old checkpoint or the new one."""
+"""Saves that are killed at any point leave the old checkpoint or the new one."""
 
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+
+from tests.training.killed import killed_at
+from vllm import training
 from vllm.model_executor.model_loader.weight_utils import (
     filter_duplicate_safetensors_files,
 )
-
-from vllm import training
 from vllm.training import checkpoint_files
 from vllm.training.checkpoint_files import INDEX_NAME
 
@@ -48,47 +48,6 @@ def save(directory, value, kind):
     training.save_checkpoint(model(value), directory, SIZES[kind] // 2 + 1)
 
 
-def killed_at(step, function):
-    """Run in a process that is killed at its step-th change of a file; whether it was."""
-    child = os.fork()
-    if child == 0:
-        try:
-            die_at(step)
-            function()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    return False
-
-
-def die_at(step):
-    """Kill this process before its step-th change of a file, and within a file."""
-    left = [step]
-
-    def counted(change, half=None):
-        def run(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                if half is not None:
-                    half(*args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*args, **kwargs)
-
-        return run
-
-    os.replace, os.rename = counted(os.replace), counted(os.rename)
-    os.unlink = counted(os.unlink)
-
-    def half(tensors, path):
-        path.write_bytes(b"half")
-
-    checkpoint_files.save_file = counted(checkpoint_files.save_file, half)
-    torch.save = counted(torch.save)
-
-
 @pytest.mark.parametrize("old", SIZES)
 @pytest.mark.parametrize("new", SIZES)
 def test_killed_anywhere(tmp_path, old, new):
@@ -99,7 +58,7 @@ def test_killed_anywhere(tmp_path, old, new):
         directory = tmp_path / str(step)
         save(directory, 1.0, old)
         (directory / "tokenizer.json").write_text("{}")
-        if not killed_at(step, lambda: save(directory, 2.0, new)):
+        if not killed_at(step, partial(save, directory, 2.0, new)):
             break
         kills += 1
         values.add(content(directory))

@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_sizes_are_checked(monkeypatch):
         training.initialize_parallel(0)
     with pytest.raises(ValueError, match="pipeline_parallel_size='2' must be an integ"):
         training.initialize_parallel(1, "2")
+    for timeout in (30, timedelta(0), timedelta(seconds=1.5)):
+        with pytest.raises(ValueError, match="must be a datetime.timedelta of whole s"):
+            training.initialize_parallel(timeout=timeout)
     assert not dist.is_initialized()
     training.initialize_parallel()
     with pytest.raises(RuntimeError, match="tensor_parallel_size=1.*destroy_parallel"):

@@ -5,12 +5,13 @@
 import importlib
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm import training
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -205,6 +206,12 @@ def test_no_prompts_and_no_such_function(engine):
         parity.check(engine, a_model(), [])
     with pytest.raises(ValueError, match="no function 'forward'; it has describe"):
         engine.collective_rpc("call_training", args=("forward",))
+
+
+def test_an_engine_says_how_it_is_sharded(engine):
+    (described,) = engine.collective_rpc("call_training", args=("sharding",))
+    own = training.sharding(a_model())
+    assert described == {name: asdict(held) for name, held in own.items()}
 
 
 def test_weights_that_cannot_be_compared():

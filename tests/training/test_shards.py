@@ -24,7 +24,10 @@ QKV = (
 )
 SHARDINGS = {
     "qkv": (ParameterSharding((48, 5), 0, QKV), 4),
-    "one rank": (ParameterSharding((48, 5), 0, QKV[:1] + (ShardPart("x", "k", 24),)), 1),
+    "one rank": (
+        ParameterSharding((48, 5), 0, QKV[:1] + (ShardPart("x", "k", 24),)),
+        1,
+    ),
     "vocabulary": (
         ParameterSharding((10, 3), 0, (ShardPart(None, None, 10, padded_size=32),)),
         4,

@@ -61,7 +61,7 @@ class CheckpointWriter:
         self._weight_map: dict[str, str] = {}
 
     def begin(self) -> None:
-        """Make the directory if it does not exist, and clear what a killed save left."""
+        """Make the directory if it is not there, and clear what a killed save left."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(f"{_UNFINISHED}*"):
             leftover.unlink()
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove what was added and not committed; the old checkpoint stays."""
-        for name in (*self._names, INDEX_NAME):
+        for name in (*self._names, INDEX_NAME) if self._names else ():
             (self.directory / f"{_UNFINISHED}{name}").unlink(missing_ok=True)
 
     def commit(self) -> None:
@@ -123,7 +123,7 @@ def _parts(directory: Path) -> set[str]:
 
 
 def _file_names(directory: Path, count: int) -> list[str]:
-    """Hugging Face's names; with a prefix where the directory has files of such names."""
+    """Hugging Face's names; with a prefix where files of such names exist."""
     if count == 1:
         return [WEIGHTS_NAME]
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whole checkpoint tensors from the pieces that the ranks hold, one tensor at a time."""
+"""Whole checkpoint tensors from the pieces that ranks hold, one tensor at a time."""
 
 from __future__ import annotations
 

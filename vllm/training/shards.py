@@ -239,9 +239,9 @@ def _held_box(
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or [f"mesh_{index}" for index in range(mesh.ndim)]
     dims = {
-        name: placement.dim
-        for name, placement in zip(names, tensor.placements, strict=True)
-        if isinstance(placement, Shard)
+        names[index]: placement.dim
+        for index, placement in enumerate(tensor.placements)
+        if isinstance(placement, Shard) and mesh.size(index) > 1
     }
     return tuple(chunk.offsets), tuple(chunk.sizes), dims
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from vllm.training.files import whole_file
 from vllm.training.layout import (
     CheckpointLayout,
     refuse_misfit,
@@ -48,8 +49,9 @@ def save_state(
     """Write a trainer's weights and optimizer state, whole or not at all.
 
     Every process of the job calls it; each writes a part of what it holds. The
-    directory appears under its name when all of it is written. A process that is killed
-    before leaves `.NAME.unfinished` beside it, which the next save of that name removes.
+    directory appears under its name when all of it is written. A process that is
+    killed before leaves `.NAME.unfinished` beside it, which the next save of that name
+    removes.
 
     Args:
         model: built with the `ParallelContext` of this process, also under
@@ -185,8 +187,10 @@ class _Trained:
         """
         pieces, state = list(self.weights()), {}
         for index, name in enumerate(self.names):
-            state[index] = dict(saved[name]["values"])
-            for key, dtype in saved[name]["tensors"].items():
+            tensors, values = saved[name]["tensors"], saved[name]["values"]
+            if tensors or values:
+                state[index] = dict(values)
+            for key, dtype in tensors.items():
                 tensor = torch.zeros_like(self.tensors[name], dtype=dtype)
                 state[index][key] = tensor
                 pieces += self.state_pieces(name, key, tensor)
@@ -322,7 +326,8 @@ def _begin(directory: Path, unfinished: Path) -> None:
 
 def _finish(directory: Path, unfinished: Path, record: dict[str, Any]) -> None:
     files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-    torch.save(record | {"files": files}, unfinished / RECORD_NAME)
+    with whole_file(unfinished / RECORD_NAME) as path:
+        torch.save(record | {"files": files}, path)
     os.rename(unfinished, directory)
 
 

@@ -32,6 +32,7 @@ from vllm.training.shards import ShardedParameter, held
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+
 class EngineLoader:
     """`load_weights` of a model whose layers are bound to the engine.
 

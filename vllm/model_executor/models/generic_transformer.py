@@ -36,6 +36,7 @@ from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.config import check_sizes
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.files import whole_file
+from vllm.training.ranks import on_rank_0
 from vllm.training.weights import (
     CheckpointLayout,
     EngineLoader,
@@ -330,10 +331,16 @@ class GenericTransformerForCausalLM(nn.Module):
         return self.lm_head(self.model(input_ids, positions, cu_seqlens, max_seqlen))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `config.json` and `model.safetensors`, which can be served as is."""
+        """Write `config.json` and safetensors, which can be served as they are.
+
+        Where there are several processes all of them call it: see `save_checkpoint`.
+        """
         save_checkpoint(self, directory)
         self.config.dtype = next(self.parameters()).dtype
-        with whole_file(Path(directory) / "config.json") as path:
+        on_rank_0(partial(self._write_config, Path(directory) / "config.json"))
+
+    def _write_config(self, target: Path) -> None:
+        with whole_file(target) as path:
             self.config.to_json_file(path)
 
     @classmethod
