@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
+from vllm.training.declared_sharding import DeclaredSharding, declared_shardings
 from vllm.training.shards import PartName, ShardedParameter, shard_parameter
 
 
@@ -80,24 +80,21 @@ class CheckpointLayout:
                 layer.reshard()
         layout = cls()
         seen: dict[int, str] = {}
+        declared = declared_shardings(module)
         for path, layer in module.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
-            shardings: Mapping[str, ParameterSharding] = {}
-            rank, size = 0, 1
-            if isinstance(layer, TrainingLayer):
-                shardings = layer.parameter_sharding()
-                rank, size = layer.tp_rank, layer.tp_size
             for name, tensor in _own_tensors(layer):
+                full_name = prefix + name
                 if id(tensor) in seen:
-                    layout.aliases[prefix + name] = seen[id(tensor)]
+                    layout.aliases[full_name] = seen[id(tensor)]
                     continue
-                seen[id(tensor)] = prefix + name
-                sharding = shardings.get(
-                    name, ParameterSharding.replicated(tensor.shape)
+                seen[id(tensor)] = full_name
+                sharding, rank, size = declared.get(full_name) or DeclaredSharding(
+                    ParameterSharding.replicated(tensor.shape), 0, 1
                 )
                 stored = layout._add(prefix, name, sharding)
-                layout.parameters[prefix + name] = shard_parameter(
-                    prefix + name, tensor, sharding, stored, rank, size
+                layout.parameters[full_name] = shard_parameter(
+                    full_name, tensor, sharding, stored, rank, size
                 )
         return layout
 

@@ -176,7 +176,7 @@ def _shard_loader(sharded: ShardedParameter) -> Callable[..., None]:
     ) -> None:
         shard = shards[loaded_shard_id]
         piece = loaded_weight[sharded.source(shard, shard.part_start)]
-        sharded.put(param.data, shard, piece)
+        sharded.put(held(param.data), shard, piece)
 
     return load_shard
 

@@ -92,6 +92,39 @@ class ParameterSharding:
         part = ShardPart(None, None, shape[0] if shape else 1)
         return cls(torch.Size(shape), None, (part,))
 
+    @classmethod
+    def from_local(
+        cls,
+        shape: torch.Size | tuple[int, ...],
+        dim: int,
+        tp_size: int,
+        parts: int = 1,
+    ) -> ParameterSharding:
+        """A parameter of any library's, from the shape that each rank holds.
+
+        Args:
+            shape: the local shape, equal on all ranks.
+            dim: the sharded dimension.
+            tp_size: number of ranks.
+            parts: how many tensors of equal size lie side by side along `dim` in the
+                full parameter, each sharded on its own: 2 for a fused gate and up
+                projection.
+
+        Raises:
+            ValueError: the parts do not divide the local dimension.
+        """
+        if shape[dim] % parts:
+            raise ValueError(
+                f"{parts} parts do not divide dim {dim} of the local shape "
+                f"{tuple(shape)}."
+            )
+        full = list(shape)
+        full[dim] *= tp_size
+        size = full[dim] // parts
+        shard_ids = range(parts) if parts > 1 else (None,)
+        pieces = tuple(ShardPart(None, shard_id, size) for shard_id in shard_ids)
+        return cls(torch.Size(full), dim, pieces)
+
 
 def local_shape(sharding: ParameterSharding, tp_size: int) -> torch.Size:
     """Shape of the parameter on each rank, padding and replicas included."""

@@ -94,6 +94,8 @@ class BuiltModel(nn.Module):
     def __new__(cls, *, vllm_config: "VllmConfig", prefix: str = "") -> Any:
         with skip_init():
             module = cls.spec.build(vllm_config, prefix)
+        # Nothing is trained here; a library's layers may be simpler for knowing it.
+        module.requires_grad_(False)
         if has_vllm_interface(module, cls.spec.name):
             bind_engine_layers(module, vllm_config, prefix)
             return module

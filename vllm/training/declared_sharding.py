@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How modules of any library say that their parameters are sharded.
+
+A parameter that no module speaks for is held whole by each rank, unless it is a
+`DTensor`, which says itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.sharding import (
+    ParameterSharding,
+    local_shape,
+)
+from vllm.model_executor.parallel_context import ParallelContext
+
+
+class DeclaredSharding(NamedTuple):
+    """A parameter's sharding and this process's place among those that share it."""
+
+    sharding: ParameterSharding
+    tp_rank: int
+    tp_size: int
+
+
+def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
+    """What the modules in `module` declare, by parameter name.
+
+    A module declares by a method `parameter_sharding()`, which returns
+    `ParameterSharding`s by parameter name, its submodules' parameters included
+    ("fc1.weight"), and by an attribute `parallel_context`, the context it was built
+    with. Where an inner module declares the same parameter, that one holds.
+
+    Args:
+        module: Not yet bound to an engine.
+
+    Raises:
+        TypeError: `parallel_context` is missing.
+        ValueError: A name that is no parameter, or a local shape that does not follow
+            from the sharding.
+    """
+    declared: dict[str, DeclaredSharding] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        method = getattr(layer, "parameter_sharding", None)
+        if not callable(method):
+            continue
+        context = _context_of(layer, path)
+        shardings = method()
+        if not isinstance(layer, TrainingLayer):
+            _check_shapes(layer, path, shardings, context.tp_size)
+        prefix = f"{path}." if path else ""
+        for name, sharding in shardings.items():
+            declared[prefix + name] = DeclaredSharding(
+                sharding, context.tp_rank, context.tp_size
+            )
+    return declared
+
+
+def _context_of(layer: nn.Module, path: str) -> ParallelContext:
+    context = getattr(layer, "parallel_context", None)
+    if not isinstance(context, ParallelContext):
+        raise TypeError(
+            f"{type(layer).__name__} at {path or 'the top'!r} has parameter_sharding() "
+            "but no parallel_context. Keep the ParallelContext that it was built with "
+            "in self.parallel_context: it says which shard is this rank's."
+        )
+    return context
+
+
+def _check_shapes(
+    layer: nn.Module, path: str, shardings: Mapping[str, ParameterSharding], size: int
+) -> None:
+    tensors: dict[str, torch.Tensor] = {
+        **dict(layer.named_parameters(remove_duplicate=False)),
+        **dict(layer.named_buffers(remove_duplicate=False)),
+    }
+    where = f"parameter_sharding() of {type(layer).__name__} at {path or 'the top'!r}"
+    for name, sharding in shardings.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{where} names {name!r}, which is no parameter of it; it has "
+                f"{', '.join(tensors)}."
+            )
+        expected = local_shape(sharding, size)
+        if tensors[name].shape != expected:
+            raise ValueError(
+                f"{where} gives {name} the full shape {tuple(sharding.shape)} sharded "
+                f"along dim {sharding.dim}, of which each of {size} ranks holds "
+                f"{tuple(expected)}; this one has {tuple(tensors[name].shape)}."
+            )
