@@ -102,6 +102,29 @@ def test_training_is_that_of_one_process(groups, kind, tied):
     assert_as_accurate(weights(model), plain[1], exact[1])
 
 
+@pytest.mark.parametrize("tp_size, kind", [(4, "plain"), (2, "ddp"), (2, "fsdp")])
+def test_clipping_by_the_norm_of_all(groups, tp_size, kind):
+    """Heads and rows that several ranks hold count once."""
+    context = groups(tp_size)
+    model, optimizer = parallelized(context, kind)
+    train(model, optimizer, range(1), context)
+    before = gradients(model)
+    expected = torch.stack([g.double().norm() for g in before.values()]).norm()
+    norm = training.clip_grad_norm_(model, math.inf, context)
+    assert abs(norm - expected) <= 1e-6 * expected
+    assert_same(gradients(model), before)
+    training.clip_grad_norm_(model, 0.5 * float(norm), context)
+    for name, gradient in gradients(model).items():
+        half = before[name] / 2
+        # The factor has torch's 1e-6 below the line, and is rounded.
+        torch.testing.assert_close(gradient, half, rtol=1e-5, atol=0, msg=name)
+    with pytest.raises(ValueError, match="max_norm=0 must be"):
+        training.clip_grad_norm_(model, 0, context)
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="No parameter has a gradient"):
+        training.clip_grad_norm_(model, 1.0, context)
+
+
 STEPS, NEXT = range(3), range(3, 5)
 
 

@@ -6,12 +6,14 @@ import importlib
 from types import ModuleType
 
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.training.gradients import clip_grad_norm_
 from vllm.training.parallel import destroy_parallel, initialize_parallel
 from vllm.training.state import load_state, save_state
 from vllm.training.weights import load_checkpoint, save_checkpoint, sharding
 
 __all__ = [
     "batch_invariant",
+    "clip_grad_norm_",
     "destroy_parallel",
     "initialize_parallel",
     "load_checkpoint",
