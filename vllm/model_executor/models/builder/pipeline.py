@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from vllm.model_executor import upstream
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -68,6 +67,9 @@ def stage_bounds(num_layers: int, parallel_context: ParallelContext) -> tuple[in
         ValueError: There are fewer layers than stages, or VLLM_PP_LAYER_PARTITION
             leaves this stage without.
     """
+    # The registry, which upstream imports, imports this package.
+    from vllm.model_executor import upstream
+
     stages = parallel_context.pp_size
     check_stages(num_layers, stages)
     start, end = upstream.get_pp_indices(num_layers, parallel_context.pp_rank, stages)
