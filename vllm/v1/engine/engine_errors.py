@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Bringing the error that ends an engine's start to the process that started it.
+"""Bringing the error that ends an engine to the process that uses it.
 
 A worker or an engine core that fails writes what happened into a pipe, and the process
-that waits for it raises that instead of a pointer to the log.
+that waits for it raises that instead of a pointer to the log. A worker that is killed
+writes nothing; its executor notes it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def send(writer: Connection | None, name: str) -> None:
     """Write the exception that is being handled to the process that waits.
 
     Args:
-        writer: The pipe; None once the start is over.
+        writer: The pipe; None where the other side no longer waits.
         name: Of this process, such as "rank 1".
     """
     error = sys.exc_info()[1]
@@ -60,17 +61,58 @@ def raise_failed(response: dict[str, Any], others: Iterable[Connection]) -> None
     _raise("Worker initialization failed", reports)
 
 
-def raise_sent(reader: Connection | None) -> None:
-    """Raise what engine cores have sent, if anything.
+def raise_sent(manager: Any) -> None:
+    """Raise what engine cores sent while they started, if anything.
+
+    Args:
+        manager: Of the engine cores; only one that starts processes has a pipe.
 
     Raises:
         RuntimeError: Has the errors of all engine cores that failed so far.
     """
-    reports = []
+    if reports := _all_received(manager):
+        _raise("Engine core initialization failed", reports)
+
+
+def with_cause(error: Exception, manager: Any) -> Exception:
+    """An `EngineDeadError` that says what its engine core sent before it died."""
+    if reports := _all_received(manager):
+        error.args = (f"{error} {_text(reports)}",)
+    return error
+
+
+def note_death(executor: Any, who: str) -> None:
+    """Keep in mind which worker of an executor died first."""
+    if getattr(executor, "death", None) is None:
+        executor.death = (
+            f"{who} died while the engine ran. If it was not killed by hand, the log "
+            "above or the kernel's (out of memory?) says why. Start a new engine."
+        )
+
+
+def raise_death(executor: Any) -> None:
+    """Raise what `note_death` noted, or would have if its thread had been faster.
+
+    Raises:
+        RuntimeError: Names the worker that died first.
+    """
+    for handle in getattr(executor, "workers", None) or ():
+        if handle.proc.exitcode is not None:
+            note_death(executor, described(handle.proc))
+    if (death := getattr(executor, "death", None)) is not None:
+        raise RuntimeError(death) from None
+
+
+def described(process: Any) -> str:
+    """A worker process that has ended, in words."""
+    return f"{process.name} (pid {process.pid}, exit code {process.exitcode})"
+
+
+def _all_received(manager: Any) -> list[dict[str, Any]]:
+    reader, reports = getattr(manager, "failure_reader", None), []
     while reader is not None and (report := _received(reader)) is not None:
         reports.append(report)
-    if reports:
-        _raise("Engine core initialization failed", reports)
+    return reports
 
 
 def _received(reader: Connection) -> dict[str, Any] | None:
@@ -83,6 +125,9 @@ def _received(reader: Connection) -> dict[str, Any] | None:
 
 
 def _raise(what: str, reports: list[dict[str, Any]]) -> None:
-    reports.sort(key=lambda report: report["time"])
-    errors = "\n".join(report["error"] for report in reports)
-    raise RuntimeError(f"{what}. {errors}")
+    raise RuntimeError(f"{what}. {_text(reports)}")
+
+
+def _text(reports: list[dict[str, Any]]) -> str:
+    ordered = sorted(reports, key=lambda report: report["time"])
+    return "\n".join(report["error"] for report in ordered)
