@@ -78,13 +78,14 @@ class Outcome:
 
 
 def kill_while_it_generates(llm) -> tuple[Exception, float]:
-    """Kill the worker of rank 1 in the middle; the error and when it came."""
-    victims = [p for p in engine_processes() if "TP1" in " ".join(p.cmdline())]
-    assert len(victims) == 1, [p.cmdline() for p in engine_processes()]
+    """Kill a worker in the middle; the error and after how many seconds it came."""
+    titles = {p: " ".join(p.cmdline()) for p in engine_processes()}
+    workers = [p for p, title in titles.items() if "Worker" in title]
+    assert len(workers) == 2, titles
     killed = []
 
     def kill():
-        victims[0].kill()
+        workers[-1].kill()
         killed.append(time.monotonic())
 
     timer = threading.Timer(0.5, kill)
@@ -99,7 +100,10 @@ def kill_while_it_generates(llm) -> tuple[Exception, float]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, ray_cluster):
-    """One model served by both kinds of workers, which are killed then."""
+    """One model served by both kinds of workers, one of which is killed then.
+
+    vLLM's own workers have an engine core in between, in a process of its own.
+    """
     from vllm import LLM
 
     directory = tmp_path_factory.mktemp("served")
@@ -114,10 +118,10 @@ def served(tmp_path_factory, ray_cluster):
         return build_generic(config, parallel_context)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         ModelRegistry.register_model(GENERIC, build)
-        for backend in ("mp", "ray"):
+        for backend, core_of_its_own in (("mp", "1"), ("ray", "0")):
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", core_of_its_own)
             llm = LLM(
                 str(directory),
                 dtype="float32",
@@ -128,11 +132,13 @@ def served(tmp_path_factory, ray_cluster):
                 tensor_parallel_size=2,
                 distributed_executor_backend=backend,
             )
-            outcome = outcomes[backend] = Outcome(greedy(llm, PROMPTS))
-            processes = engine_processes()
-            outcome.error, outcome.seconds = kill_while_it_generates(llm)
-            outcome.left = left_over(processes)
-            llm.llm_engine.engine_core.shutdown()
+            try:
+                outcome = outcomes[backend] = Outcome(greedy(llm, PROMPTS))
+                processes = engine_processes()
+                outcome.error, outcome.seconds = kill_while_it_generates(llm)
+                outcome.left = left_over(processes)
+            finally:
+                llm.llm_engine.engine_core.shutdown()
     return model, outcomes
 
 
@@ -145,7 +151,10 @@ def test_closures_reach_the_workers(served, backend):
 def test_ray_and_multiprocessing_give_the_same_bits(served):
     def bits(outcome):
         return [
-            [(token, entry[token].logprob) for token, entry in zip(c.token_ids, c.logprobs)]
+            [
+                (token, entry[token].logprob)
+                for token, entry in zip(c.token_ids, c.logprobs)
+            ]
             for c in outcome.completions
         ]
 
@@ -155,7 +164,7 @@ def test_ray_and_multiprocessing_give_the_same_bits(served):
 
 @pytest.mark.parametrize(
     ("backend", "who"),
-    [("mp", r"VllmWorker-1 .pid \d+, exit code -9."), ("ray", r"rank \[1\]")],
+    [("mp", r"VllmWorker-\d .pid \d+, exit code -9."), ("ray", r"of rank \[\d\]")],
 )
 def test_a_killed_worker_ends_in_an_error_and_leaves_nothing(served, backend, who):
     outcome = served[1][backend]
@@ -175,9 +184,7 @@ def test_a_builder_that_raises_on_one_rank(make_llm, tmp_path, ray_cluster):
 
     ModelRegistry.register_model(GENERIC, build)
     with pytest.raises(Exception, match="ArithmeticError.*only here"):
-        make_llm(
-            tmp_path, tensor_parallel_size=2, distributed_executor_backend="ray"
-        )
+        make_llm(tmp_path, tensor_parallel_size=2, distributed_executor_backend="ray")
     assert left_over(engine_processes()) == []
 
 
@@ -203,6 +210,4 @@ def test_ray_without_enough_resources(make_llm, tmp_path, ray_cluster):
     ModelRegistry.register_model(GENERIC, build_generic)
     message = "needs 4 of Ray's CPUs, .* and the Ray cluster has 2. Start Ray with more"
     with pytest.raises(ValueError, match=message):
-        make_llm(
-            tmp_path, tensor_parallel_size=4, distributed_executor_backend="ray"
-        )
+        make_llm(tmp_path, tensor_parallel_size=4, distributed_executor_backend="ray")

@@ -240,8 +240,10 @@ class GenericTransformer(nn.Module):
         shape = [..., hidden_size], takes the place of the embedded `input_ids`.
         """
         if positions is None:
+            assert input_ids is not None, "without them positions has to be given"
             positions = default_positions(input_ids, cu_seqlens)
         if hidden_states is None:
+            assert self.embed_tokens is not None, "later stages get hidden_states"
             hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, cu_seqlens, max_seqlen)
@@ -294,6 +296,7 @@ class GenericTransformerForCausalLM(nn.Module):
             )
         self.reset_parameters()
         if config.tie_word_embeddings and self.lm_head is not None:
+            assert self.model.embed_tokens is not None, "built on this stage too"
             self.lm_head.tie_weights(self.model.embed_tokens)
 
     @classmethod
@@ -410,7 +413,8 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
         self.loader = EngineLoader(self, layout, model_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings, shape = [num_tokens, hidden_size]."""
+        """Embeddings, shape = [num_tokens, hidden_size]; on the first stage only."""
+        assert self.model.embed_tokens is not None, "only the first stage embeds"
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -449,6 +453,7 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits, shape = [num_tokens, vocab_size]."""
+        assert self.lm_head is not None, "only the last stage samples"
         if isinstance(self.lm_head, upstream.ParallelLMHead):
             return self.logits_processor(self.lm_head, hidden_states)
         return self.lm_head(hidden_states)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 FAILED = "FAILED"
+_SECONDS_TO_SETTLE = 5
 _LONGEST = 1500
 """Characters of one error; a report this short is written to a pipe in one piece."""
 
@@ -101,6 +103,28 @@ def raise_death(executor: Any) -> None:
             note_death(executor, described(handle.proc))
     if (death := getattr(executor, "death", None)) is not None:
         raise RuntimeError(death) from None
+
+
+def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
+    """Called when one worker's answer to a call of all is an error.
+
+    Takes the answers of the workers after it out of their queues, where they would be
+    taken for answers to the next call.
+
+    Args:
+        executor: Whose call it was.
+        queues: Of the workers that answer, in the order they are read.
+        failed: The queue that the error came from.
+
+    Raises:
+        RuntimeError: A worker died; names it.
+    """
+    position = next(i for i, queue in enumerate(queues) if queue is failed)
+    for queue in queues[position + 1 :]:
+        # One that hangs in a collective without the failed one gives no answer.
+        with suppress(TimeoutError, RuntimeError):
+            queue.dequeue(timeout=_SECONDS_TO_SETTLE)
+    raise_death(executor)
 
 
 def described(process: Any) -> str:

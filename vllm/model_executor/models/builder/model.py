@@ -54,7 +54,7 @@ def has_vllm_interface(module: nn.Module, builder: str) -> bool:
     """
     if not callable(getattr(module, "compute_logits", None)):
         return False
-    needed = VLLM_INTERFACE
+    needed: tuple[str, ...] = VLLM_INTERFACE
     if ParallelContext.current().pp_size > 1:
         needed += ("make_empty_intermediate_tensors",)
     missing = [n for n in needed if not callable(getattr(module, n, None))]
@@ -116,6 +116,7 @@ class BuiltModel(nn.Module):
     module: nn.Module
     logits_processor: nn.Module
     loader: EngineLoader
+    head_path: str | None
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
@@ -226,6 +227,7 @@ class BuiltModel(nn.Module):
         Args:
             hidden_states: shape = [num_tokens, hidden_size].
         """
+        assert self.head_path is not None, "only the last stage samples"
         head = self.module.get_submodule(self.head_path)
         if isinstance(head, upstream.ParallelLMHead):
             return self.logits_processor(head, hidden_states)
