@@ -45,7 +45,7 @@ class RegisteredBuilder(upstream.BaseRegisteredModel):
         return upstream.ModelInfo.from_model_cls(self.model_cls)
 
 
-def has_vllm_interface(module: nn.Module, builder: str) -> bool:
+def has_vllm_interface(module: nn.Module, builder: str, stages: int = 1) -> bool:
     """Whether a built module talks to the engine itself.
 
     Raises:
@@ -55,7 +55,7 @@ def has_vllm_interface(module: nn.Module, builder: str) -> bool:
     if not callable(getattr(module, "compute_logits", None)):
         return False
     needed: tuple[str, ...] = VLLM_INTERFACE
-    if ParallelContext.current().pp_size > 1:
+    if stages > 1:
         needed += ("make_empty_intermediate_tensors",)
     missing = [n for n in needed if not callable(getattr(module, n, None))]
     if missing:
@@ -105,7 +105,8 @@ class BuiltModel(nn.Module):
     def __new__(cls, *, vllm_config: "VllmConfig", prefix: str = "") -> Any:
         with skip_init():
             module = cls.spec.build(vllm_config, prefix)
-        if has_vllm_interface(module, cls.spec.name):
+        stages = ParallelContext.current().pp_size
+        if has_vllm_interface(module, cls.spec.name, stages):
             bind_engine_layers(module, vllm_config, prefix)
             return module
         model = super().__new__(cls)
@@ -131,9 +132,9 @@ class BuiltModel(nn.Module):
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
         self.carried = (model_config.get_hidden_size(), model_config.dtype)
-        self.batched = is_batched(
-            module, options.batched, self.spec.name, staged=context.pp_size > 1
-        )
+        self.batched = is_batched(module, options.batched, self.spec.name)
+        if context.pp_size > 1:
+            check_takes_hidden_states(module, self.spec.name)
         layout = compare_ranks(module, CheckpointLayout.of(module), self.spec.name)
         strict = vllm_config.load_config.load_format != "dummy"
         config = model_config.hf_config
@@ -258,22 +259,24 @@ _NO_EMBEDS = (
 )
 
 
-def is_batched(
-    module: nn.Module, option: bool | None, builder: str, *, staged: bool
-) -> bool:
-    """Whether `module.forward` wants `[batch, seq]`; see `BuilderOptions.batched`.
-
-    Raises:
-        TypeError: `forward` cannot be called with `(input_ids, positions)` or, if
-            `staged`, does not take `hidden_states`.
-    """
+def check_takes_hidden_states(module: nn.Module, builder: str) -> None:
+    """Refuse a pipeline stage whose `forward` cannot be given hidden states."""
     signature = inspect.signature(module.forward)
-    if staged and "hidden_states" not in signature.parameters:
+    if "hidden_states" not in signature.parameters:
         raise TypeError(
             f"forward{signature} of {type(module).__name__}, built by {builder}, has "
             "no parameter hidden_states, in which later pipeline stages are given "
             "what the stage before returned (None on the first stage)."
         )
+
+
+def is_batched(module: nn.Module, option: bool | None, builder: str) -> bool:
+    """Whether `module.forward` wants `[batch, seq]`; see `BuilderOptions.batched`.
+
+    Raises:
+        TypeError: `forward` cannot be called with `(input_ids, positions)`.
+    """
+    signature = inspect.signature(module.forward)
     try:
         signature.bind(None, None)
     except TypeError as error:
