@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`vllm serve` with a lazily registered builder, asked over HTTP."""
+"""`vllm serve` with a lazily registered builder on two data-parallel ranks."""
 
 import json
 import os
@@ -55,9 +55,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def ask(url: str, body: dict | None = None) -> dict | None:
+def ask(url: str, body: dict | None = None, rank: int = 0) -> dict | None:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
+    request = urllib.request.Request(url, data, headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         text = response.read()
         return json.loads(text) if text else None
@@ -71,7 +72,7 @@ def server(model, tmp_path):
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", "generic", "--dtype", "float32"),
-        *("--max-model-len", "64", "--enforce-eager"),
+        *("--max-model-len", "64", "--enforce-eager", "--data-parallel-size", "2"),
         *("--model-class-overrides", json.dumps({model.__class__.__name__: BUILDER})),
     ]
     log = tmp_path / "server.log"
@@ -97,20 +98,19 @@ def server(model, tmp_path):
 
 
 def test_completions(server, model):
-    answer = ask(
-        f"{server}/v1/completions",
-        {
-            "model": "generic",
-            "prompt": "the quick brown",
-            "max_tokens": 6,
-            "temperature": 0,
-            "ignore_eos": True,
-        },
-    )
     ids = [WORDS.index(word) for word in ["the", "quick", "brown"]]
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(model(torch.tensor(ids))[-1].argmax()))
     expected = [WORDS[index] for index in ids[3:] if index != 0]
-    assert answer["choices"][0]["text"].split() == expected
-    assert answer["usage"]["completion_tokens"] == 6
+    body = {
+        "model": "generic",
+        "prompt": "the quick brown",
+        "max_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    for rank in range(2):
+        answer = ask(f"{server}/v1/completions", body, rank)
+        assert answer["choices"][0]["text"].split() == expected
+        assert answer["usage"]["completion_tokens"] == 6

@@ -96,6 +96,16 @@ class ParallelContext:
                 "engine to be reproduced, or leave it out."
             )
 
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this is the pipeline stage that embeds the tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this is the pipeline stage that has the head."""
+        return self.pp_rank == self.pp_size - 1
+
     @classmethod
     def single(cls, device: torch.device | str | None = None) -> ParallelContext:
         """The context of a process on its own: every size 1, no groups.

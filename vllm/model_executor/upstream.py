@@ -31,6 +31,8 @@ modules below may import that one.
         model_parallel_is_initialized, get_world_group, get_tp_group, get_pp_group,
         get_dp_group, destroy_model_parallel, destroy_distributed_environment:
         vLLM's process groups, shared by trainer and engine.
+    get_pp_indices: which layers a pipeline stage has.
+    IntermediateTensors: what a pipeline stage sends to the next.
     LogitsProcessor: gathers the head's tensor-parallel logits in the engine.
     BaseRegisteredModel, ModelInfo: an entry of the model registry.
     finalize_layerwise_reload: ends vLLM's reloading of weights.
@@ -64,6 +66,7 @@ from vllm.distributed.parallel_state import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
+from vllm.distributed.utils import get_pp_indices
 from vllm.forward_context import is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
@@ -91,6 +94,7 @@ from vllm.model_executor.models.registry import (
     _ModelInfo as ModelInfo,
 )
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.config import (
     _CONFIG_FORMAT_TO_CONFIG_PARSER as CONFIG_PARSERS,
 )
@@ -216,6 +220,7 @@ __all__ = [
     "ColumnParallelLinear",
     "DEFAULT_VOCAB_PADDING_SIZE",
     "HFConfigParser",
+    "IntermediateTensors",
     "LogitsProcessor",
     "MODEL_ARCH_BY_HASH",
     "MergedColumnParallelLinear",
@@ -237,6 +242,7 @@ __all__ = [
     "get_current_vllm_config_or_none",
     "get_dp_group",
     "get_pp_group",
+    "get_pp_indices",
     "get_tp_group",
     "get_world_group",
     "gpu_sampler",

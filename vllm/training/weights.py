@@ -43,7 +43,8 @@ class EngineLoader:
 
     Args:
         model: The bound model.
-        layout: The layout from before binding; names are the same.
+        layout: The layout from before binding, over all pipeline stages; names are
+            the same. Each stage checks all tensors and keeps its own.
         model_config: The engine's; None outside of an engine.
         complete: Whether the first load has to bring every tensor.
 
@@ -100,8 +101,12 @@ class EngineLoader:
         return self._put(LayoutCheck(self.layout), weights)
 
     def never_loaded(self) -> list[str]:
-        """Names of the layout's tensors that no load has brought."""
-        return [name for name in self.layout.tensors if name not in self.fingerprints]
+        """Names of this stage's tensors that no load has brought."""
+        return [
+            name
+            for name, tensor in self.layout.tensors.items()
+            if tensor.parameter in self.layout.shards and name not in self.fingerprints
+        ]
 
     def _put(
         self, check: LayoutCheck, weights: Iterable[tuple[str, torch.Tensor]]
@@ -124,6 +129,8 @@ class EngineLoader:
                 for place in (entry.parameter, *tied[entry.parameter])
                 if (target := targets.get(place)) is not None
             }
+            if not places:
+                continue
             for target in places.values():
                 load: Callable[..., None] = getattr(target, "weight_loader", _copy)
                 for part, piece in entry.pieces(tensor):

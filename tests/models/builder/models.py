@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vllm.model_executor.layers.training import TrainableAttention
-from vllm.model_executor.models.builder import model_builder
+from vllm.model_executor.models.builder import PipelineLayers, model_builder
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -71,6 +71,39 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.to_vocab(self.norm(x))
+
+
+class StagedGPT(nn.Module):
+    """One pipeline stage of a `PlainGPT`."""
+
+    def __init__(self, config, context):
+        super().__init__()
+        hidden = config.hidden_size
+        self.tokens = self.places = self.norm = self.to_vocab = None
+        if context.is_first_stage:
+            self.tokens = nn.Embedding(config.vocab_size, hidden)
+            self.places = nn.Embedding(config.max_position_embeddings, hidden)
+        self.blocks = PipelineLayers(
+            config.num_hidden_layers,
+            lambda index: PlainBlock(hidden, config.num_attention_heads),
+            context,
+        )
+        if context.is_last_stage:
+            self.norm = nn.LayerNorm(hidden)
+            self.to_vocab = nn.Linear(hidden, config.vocab_size, bias=False)
+
+    def forward(self, input_ids, positions, hidden_states=None):
+        x = hidden_states
+        if x is None:
+            x = self.tokens(input_ids) + self.places(positions)
+        for block in self.blocks:
+            x = block(x)
+        return x if self.to_vocab is None else self.to_vocab(self.norm(x))
+
+
+@model_builder(supports_pp=True)
+def build_staged(config, parallel_context):
+    return StagedGPT(config, parallel_context)
 
 
 def build_plain(config):

@@ -18,6 +18,7 @@ from vllm.model_executor.models.builder.binding import (
     bind_engine_layers,
 )
 from vllm.model_executor.models.builder.model import (
+    check_takes_hidden_states,
     find_head,
     has_vllm_interface,
     is_batched,
@@ -162,3 +163,14 @@ def test_half_an_engine_interface_is_refused():
         has_vllm_interface(Half(), "b")
     Half.embed_input_ids = Half.load_weights = Half.compute_logits
     assert has_vllm_interface(Half(), "b")
+    with pytest.raises(TypeError, match="lacks make_empty_intermediate_tensors"):
+        has_vllm_interface(Half(), "b", stages=2)
+
+
+def test_a_stage_has_to_take_hidden_states():
+    class Stage(nn.Module):
+        def forward(self, input_ids, positions, hidden_states=None): ...
+
+    check_takes_hidden_states(Stage(), "b")
+    with pytest.raises(TypeError, match="no parameter hidden_states, in which later"):
+        check_takes_hidden_states(nn.Linear(1, 1), "b")

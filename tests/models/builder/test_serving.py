@@ -179,30 +179,6 @@ def test_parameter_names_are_those_of_the_built_module(make_llm, tmp_path):
     assert served == [name for name, _ in model.named_parameters()]
 
 
-def test_closures_reach_tensor_parallel_workers(make_llm, tmp_path, monkeypatch):
-    """Through an engine core of its own to spawned workers.
-
-    Nothing of the builder can be imported: it is a closure of this function.
-    """
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    model = save_generic(tmp_path)
-    scale = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def main():
-        seen = {"scale": scale}
-
-        def build(config, parallel_context):
-            assert seen["scale"].item() == 1
-            assert parallel_context.tp_size == 2
-            return build_generic(config, parallel_context)
-
-        ModelRegistry.register_model(GENERIC, build)
-        return make_llm(tmp_path, tensor_parallel_size=2)
-
-    llm = main()
-    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
-
-
 @pytest.mark.parametrize("eager", [True, False])
 def test_what_follows_the_head_is_refused(make_llm, tmp_path, eager):
     save_plain(tmp_path)

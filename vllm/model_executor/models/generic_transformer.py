@@ -32,6 +32,8 @@ from vllm.model_executor.layers.training.base import (
     init_skipped,
     skip_init,
 )
+from vllm.model_executor.models.builder import PipelineLayers, model_builder
+from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.config import check_sizes
 from vllm.model_executor.parallel_context import ParallelContext
@@ -194,15 +196,21 @@ class GenericTransformerBlock(nn.Module):
 
 
 class GenericTransformer(nn.Module):
-    """The model without its head."""
+    """The model without its head; with pipeline stages, one stage of it.
+
+    The first stage has the embedding, the last the norm. What a stage lacks is None.
+    """
 
     def __init__(
         self, config: GenericTransformerConfig, context: ParallelContext
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, parallel_context=context
-        )
+        self.embed_tokens = None
+        head_needs_it = config.tie_word_embeddings and context.is_last_stage
+        if context.is_first_stage or head_needs_it:
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, parallel_context=context
+            )
         assert config.head_dim is not None, "set by the config itself"
         rotary = RotaryEmbedding(
             config.head_dim,
@@ -210,33 +218,37 @@ class GenericTransformer(nn.Module):
             base=config.rope_theta,
             rope_scaling=config.rope_parameters,
         )
-        self.layers = nn.ModuleList(
-            GenericTransformerBlock(config, rotary, context)
-            for _ in range(config.num_hidden_layers)
+        self.layers = PipelineLayers(
+            config.num_hidden_layers,
+            lambda _: GenericTransformerBlock(config, rotary, context),
+            context,
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = None
+        if context.is_last_stage:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states, shape = [..., hidden_size].
 
-        Arguments as in `GenericTransformerForCausalLM.forward`; `inputs_embeds`,
+        Arguments as in `GenericTransformerForCausalLM.forward`; `hidden_states`,
         shape = [..., hidden_size], takes the place of the embedded `input_ids`.
         """
         if positions is None:
+            assert input_ids is not None, "without them positions has to be given"
             positions = default_positions(input_ids, cu_seqlens)
-        hidden_states = inputs_embeds
         if hidden_states is None:
+            assert self.embed_tokens is not None, "later stages get hidden_states"
             hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, cu_seqlens, max_seqlen)
-        return self.norm(hidden_states)
+        return hidden_states if self.norm is None else self.norm(hidden_states)
 
 
 def default_positions(
@@ -278,14 +290,18 @@ class GenericTransformerForCausalLM(nn.Module):
         context = parallel_context or ParallelContext.current_or_single()
         self.config = config
         self.model = GenericTransformer(config, context)
-        self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, parallel_context=context
-        )
+        self.lm_head = None
+        if context.is_last_stage:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size, config.hidden_size, parallel_context=context
+            )
         self.reset_parameters()
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and self.lm_head is not None:
+            assert self.model.embed_tokens is not None, "built on this stage too"
             self.lm_head.tie_weights(self.model.embed_tokens)
 
     @classmethod
+    @model_builder(supports_pp=True)
     def build(
         cls, config: PreTrainedConfig, parallel_context: ParallelContext
     ) -> "GenericTransformerForCausalLM":
@@ -313,8 +329,9 @@ class GenericTransformerForCausalLM(nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the next token.
+        """Logits of the next token; before the last pipeline stage, hidden states.
 
         Args:
             input_ids: Token ids, packed shape = [num_tokens], or
@@ -324,11 +341,14 @@ class GenericTransformerForCausalLM(nn.Module):
             cu_seqlens: Packed only: where sequences begin and end, int32,
                 shape = [num_seqs + 1]. Default: one sequence.
             max_seqlen: Length of the longest sequence, in tokens.
+            hidden_states: What the pipeline stage before this one returned; None on
+                the first. With it `positions` is needed, `input_ids` is not.
 
         Returns:
-            shape = [..., vocab_size].
+            shape = [..., vocab_size]; before the last stage [..., hidden_size].
         """
-        return self.lm_head(self.model(input_ids, positions, cu_seqlens, max_seqlen))
+        output = self.model(input_ids, positions, cu_seqlens, max_seqlen, hidden_states)
+        return output if self.lm_head is None else self.lm_head(output)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `config.json` and safetensors, which can be served as they are.
@@ -376,6 +396,8 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
         prefix: Prepended to module paths in layer names.
     """
 
+    supports_pp = True
+
     def __init__(
         self, vllm_config: "VllmConfig | GenericTransformerConfig", prefix: str = ""
     ) -> None:
@@ -387,16 +409,19 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
                 config = vllm_config.model_config.hf_config
                 built = GenericTransformerForCausalLM(config)
         self.model, self.lm_head = built.model, built.lm_head
+        self.hidden_size = built.config.hidden_size
         layout = CheckpointLayout.of(self)
         model_config = None
         if not isinstance(vllm_config, PreTrainedConfig):
             model_config = vllm_config.model_config
+            layout = compare_ranks(self, layout, type(self).__name__)
             bind_engine_layers(self, vllm_config, prefix, head="lm_head")
             self.logits_processor = upstream.LogitsProcessor(built.config.vocab_size)
         self.loader = EngineLoader(self, layout, model_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings, shape = [num_tokens, hidden_size]."""
+        """Embeddings, shape = [num_tokens, hidden_size]; on the first stage only."""
+        assert self.model.embed_tokens is not None, "only the first stage embeds"
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -405,20 +430,37 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Hidden states, shape = [num_tokens, hidden_size].
 
         Args:
             input_ids: shape = [num_tokens].
             positions: shape = [num_tokens].
-            intermediate_tensors: None; the model is one pipeline stage.
+            intermediate_tensors: What the pipeline stage before this one returned;
+                None on the first.
             inputs_embeds: Used instead of `input_ids` if given,
                 shape = [num_tokens, hidden_size].
+
+        Returns:
+            On all pipeline stages but the last, `IntermediateTensors` of them.
         """
-        return self.model(input_ids, positions, inputs_embeds=inputs_embeds)
+        if intermediate_tensors is not None:
+            inputs_embeds = intermediate_tensors["hidden_states"]
+        hidden_states = self.model(input_ids, positions, hidden_states=inputs_embeds)
+        if self.lm_head is None:
+            return upstream.IntermediateTensors({"hidden_states": hidden_states})
+        return hidden_states
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Any:
+        """What the pipeline stage before this one sends, as zeros."""
+        zeros = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
+        return upstream.IntermediateTensors({"hidden_states": zeros})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits, shape = [num_tokens, vocab_size]."""
+        assert self.lm_head is not None, "only the last stage samples"
         if isinstance(self.lm_head, upstream.ParallelLMHead):
             return self.logits_processor(self.lm_head, hidden_states)
         return self.lm_head(hidden_states)

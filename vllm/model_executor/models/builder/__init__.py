@@ -4,9 +4,11 @@
 
 `spec` says what a builder is, `registration` how it reaches every process,
 `config` how its `config.json` is read, `binding` how training layers become engine
-layers, and `model` what the engine instantiates.
+layers, `pipeline` spreads a model over stages, `agreement` compares what the ranks
+have built, and `model` is what the engine instantiates.
 """
 
+from vllm.model_executor.models.builder.pipeline import PipelineLayers
 from vllm.model_executor.models.builder.spec import BuilderOptions, model_builder
 
-__all__ = ["BuilderOptions", "model_builder"]
+__all__ = ["BuilderOptions", "PipelineLayers", "model_builder"]

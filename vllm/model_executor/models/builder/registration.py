@@ -23,6 +23,7 @@ import cloudpickle
 from torch import nn
 
 from vllm.logger import init_logger
+from vllm.model_executor.models.builder.pipeline import check_stages
 from vllm.model_executor.models.builder.spec import BuilderSpec, builder_name
 
 if TYPE_CHECKING:
@@ -269,6 +270,31 @@ def prepare(model_config: "ModelConfig") -> None:
     model_config._maybe_register_model_class_overrides()
     if _targets:
         _read_configs_of(_targets)
+
+
+def verify_stages(model_config: "ModelConfig", parallel_config: Any) -> None:
+    """Called when a `ModelConfig` is checked against the engine's `ParallelConfig`.
+
+    Raises:
+        ValueError: Several pipeline stages are asked for, and the builder does not
+            build stages or the model has fewer layers.
+    """
+    from vllm.model_executor.models.builder.model import BuiltModel
+
+    stages = parallel_config.pipeline_parallel_size
+    if stages == 1 or not _targets.keys() & set(model_config.architectures):
+        return
+    served, _ = model_config.registry.resolve_model_cls(
+        model_config.architectures, model_config
+    )
+    if issubclass(served, BuiltModel) and not served.spec.options.supports_pp:
+        raise ValueError(
+            f"pipeline_parallel_size={stages}, but the builder {served.spec.name} "
+            "builds whole models. Let it build single stages (PipelineLayers in "
+            "vllm.model_executor.models.builder) and say so with "
+            "@model_builder(supports_pp=True), or use tensor_parallel_size."
+        )
+    check_stages(model_config.hf_text_config.num_hidden_layers, stages)
 
 
 def _read_configs_of(architectures: Iterable[str]) -> None:

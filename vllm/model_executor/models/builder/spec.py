@@ -35,10 +35,14 @@ class BuilderOptions:
         batched: Whether `forward` wants `[batch, seq]` (served as one row
             `[1, num_tokens]`) rather than packed `[num_tokens]`. Default: packed
             if `forward` has a parameter `cu_seqlens`, else batched.
+        supports_pp: Whether the builder builds single pipeline stages. `forward`
+            then takes `hidden_states`, None on the first stage, and returns them on
+            all but the last.
     """
 
     head: str | None = None
     batched: bool | None = None
+    supports_pp: bool = False
 
 
 def model_builder(
@@ -46,6 +50,7 @@ def model_builder(
     *,
     head: str | None = None,
     batched: bool | None = None,
+    supports_pp: bool = False,
 ) -> Any:
     """Attach to a builder what cannot be inferred from the module it returns.
 
@@ -57,7 +62,7 @@ def model_builder(
     """
 
     def attach(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        setattr(build, _OPTIONS, BuilderOptions(head=head, batched=batched))
+        setattr(build, _OPTIONS, BuilderOptions(head, batched, supports_pp))
         return build
 
     return attach if build is None else attach(build)
