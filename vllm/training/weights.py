@@ -105,7 +105,8 @@ class EngineLoader:
         return [
             name
             for name, tensor in self.layout.tensors.items()
-            if tensor.parameter in self.layout.shards and name not in self.fingerprints
+            if tensor.parameter in self.layout.parameters
+            and name not in self.fingerprints
         ]
 
     def _put(

@@ -70,7 +70,7 @@ def test_stages_make_one_layout(monkeypatch):
     layout = compare(monkeypatch, first, pp=[last])
     names = {f"{m}.{p}" for m in ("0", "1", "shared") for p in ("weight", "bias")}
     assert set(layout.tensors) == names
-    assert set(layout.shards) == set(dict(first.named_parameters()))
+    assert set(layout.parameters) == set(dict(first.named_parameters()))
 
 
 def test_stages_that_do_not_fit(monkeypatch):

@@ -29,8 +29,8 @@ def compare_ranks(
         builder: The builder's name, for messages.
 
     Returns:
-        The layout of the whole checkpoint, over all pipeline stages; `shards` has
-        this rank's parameters only.
+        The layout of the whole checkpoint, over all pipeline stages; `parameters`
+        has this rank's only.
 
     Raises:
         ValueError: Tensor-parallel ranks built parameters or attention layers that
@@ -51,7 +51,7 @@ def compare_ranks(
         fused=dict(layout.fused),
         aliases=dict(layout.aliases),
     )
-    mine = (parameters, attention, replace(layout, shards={}))
+    mine = (parameters, attention, replace(layout, parameters={}))
     for stage, theirs in _others("pp", mine):
         their_parameters, their_attention, their_layout = theirs
         common = parameters.keys() & their_parameters.keys()
@@ -85,13 +85,13 @@ def _describe(
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     parameters = {}
-    for name, shard in layout.shards.items():
+    for name in layout.parameters:
         dtype = str(tensors[name].dtype).removeprefix("torch.")
-        sharding = shard.sharding
-        parameters[name] = f"{list(sharding.shape)} {dtype}"
-        if sharding.dim is not None:
-            sizes = " + ".join(str(part.size) for part in sharding.parts)
-            parameters[name] += f", dim {sharding.dim} = {sizes} sharded"
+        whole = layout.fused.get(name) or layout.tensors[name]
+        parameters[name] = f"{list(whole.shape)} {dtype}"
+        if whole.dim is not None:
+            sizes = " + ".join(str(part.size) for part in whole.parts)
+            parameters[name] += f", dim {whole.dim} = {sizes} sharded"
     attention = {
         name: f"attention with {layer.num_heads} query and {layer.num_kv_heads} "
         f"key heads of size {layer.head_size}"
