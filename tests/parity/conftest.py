@@ -12,7 +12,7 @@ import torch
 from tests.parity.engine import Engine
 from tests.parity.processes import Process
 from tests.parity.report import Report
-from tests.parity.subjects import SUBJECTS, Subject
+from tests.parity.subjects import CUDA, FEW_SUBJECTS, SUBJECTS, Subject
 from tests.parity.trainer import TwoRanks
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_large_model.py"]
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-report",
         metavar="DIRECTORY",
-        help="write report.json there and print the table of equalities",
+        help="compare all models, write report.json there and print the table",
     )
 
 
@@ -34,9 +34,21 @@ REPORT = pytest.StashKey[Report]()
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """All tests of one subject follow each other, so that it is loaded once."""
     here = Path(__file__).parent
+    if not CUDA and config.getoption("--parity-report", None) is None:
+        left_out = [
+            item
+            for item in items
+            if here in item.path.parents
+            and hasattr(item, "callspec")
+            and item.callspec.params.get("subject", FEW_SUBJECTS[0]) not in FEW_SUBJECTS
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
     def order(item: pytest.Item) -> int:
         params = item.callspec.params if hasattr(item, "callspec") else {}

@@ -132,6 +132,14 @@ def _subjects() -> list[Subject]:
 
 
 SUBJECTS = _subjects()
+# Those of a run without a report, so that the whole suite on CPU does not take too long:
+# every model once, both dtypes and both kinds of engine.
+FEW_SUBJECTS = [
+    Subject("demo", "float32", "CPU_ATTN", True),
+    Subject("GPT-2", "bfloat16", "CPU_ATTN", True),
+    Subject("window", "float32", "CPU_ATTN", True),
+    Subject("demo", "bfloat16", "CPU_ATTN", False),
+]
 TENSOR_PARALLEL = [
     Subject("demo", "float32", "CPU_ATTN", True),
     Subject("demo", "bfloat16", "CPU_ATTN", True),
