@@ -8,6 +8,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 SITE = $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
+NEEDS_CUDA = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+  echo "make $@ needs a CUDA device and finds none" >&2; exit 1; }
+
 # Tests and demo are offline, send no statistics and use a small KV cache.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -15,12 +18,13 @@ export DO_NOT_TRACK := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-upstream parity parity-gpu bench lint docs clean
+.PHONY: help setup demo test test-gpu test-upstream parity parity-gpu bench lint docs clean
 
 help:
 	@echo "make setup          .venv with the patched vLLM"
 	@echo "make demo           train, serve and compare on real text"
 	@echo "make test           the test-suite"
+	@echo "make test-gpu       the tests that use GPUs, on as many as there are"
 	@echo "make parity         trainer and engine bit for bit, in build/parity"
 	@echo "make parity-gpu     the same on a GPU, with a model of 1B parameters"
 	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
@@ -62,6 +66,12 @@ demo: setup
 test: setup
 	$(PY) -m pytest -q --durations=10
 
+# Collectives and tensor parallelism take as many GPUs as there are, of 1, 2 and 4.
+test-gpu: setup
+	@$(NEEDS_CUDA)
+	$(PY) -m pytest -q --durations=10 tests/model_executor tests/models tests/parity \
+	  tests/training
+
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py
 
@@ -70,8 +80,7 @@ parity: setup
 
 # The same tests, which find the GPU; there the large model is among them.
 parity-gpu: setup
-	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
-	  echo "make parity-gpu needs a CUDA device and finds none" >&2; exit 1; }
+	@$(NEEDS_CUDA)
 	$(PY) -m pytest -q tests/parity --parity-report build/parity-gpu
 
 bench: setup

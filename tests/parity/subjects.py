@@ -132,8 +132,8 @@ def _subjects() -> list[Subject]:
 
 
 SUBJECTS = _subjects()
-# Those of a run without a report, so that the whole suite on CPU does not take too long:
-# every model once, both dtypes and both kinds of engine.
+# Those of a run on CPU without a report, which is shorter: every model once, both
+# dtypes, both kinds of engine.
 FEW_SUBJECTS = [
     Subject("demo", "float32", "CPU_ATTN", True),
     Subject("GPT-2", "bfloat16", "CPU_ATTN", True),
