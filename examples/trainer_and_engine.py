@@ -3,7 +3,7 @@
 """Train a model on several ranks, serve it with as many workers, compare the two.
 
 What the examples have in common. The trainer's ranks are started as torchrun would
-start them; the engine starts its own workers. On CPU, or on GPUs if there are any.
+start them; the engine starts its own workers. What is compared is fp32 on CPU.
 """
 
 import json
@@ -55,6 +55,11 @@ class TrainerRanks:
     """A trainer's processes. `run(f, ...)` calls `f(context, ...)` in each of them."""
 
     def __init__(self, size: int = TP) -> None:
+        if torch.cuda.is_available():
+            raise RuntimeError(
+                "The examples compare fp32, which vLLM multiplies in TF32 on CUDA. "
+                "Run them with the CPU build: VLLM_TARGET_DEVICE=cpu make setup."
+            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

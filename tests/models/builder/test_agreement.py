@@ -11,7 +11,7 @@ from vllm.model_executor.layers.training import (
 )
 from vllm.model_executor.models.builder import agreement
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.weights import CheckpointLayout
+from vllm.training.layout import CheckpointLayout, LayoutCheck
 
 
 def compare(monkeypatch, mine, tp=(), pp=()):
@@ -71,6 +71,26 @@ def test_stages_make_one_layout(monkeypatch):
     names = {f"{m}.{p}" for m in ("0", "1", "shared") for p in ("weight", "bias")}
     assert set(layout.tensors) == names
     assert set(layout.parameters) == set(dict(first.named_parameters()))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_an_embedding_on_two_stages_of_which_one_ties_it(monkeypatch, head_first):
+    """A checkpoint with either name fits, whichever module comes first."""
+    first = nn.ModuleDict({"embed": nn.Embedding(5, 2)})
+    order = ("head", "embed") if head_first else ("embed", "head")
+    made = {"head": nn.Linear(2, 5, bias=False), "embed": nn.Embedding(5, 2)}
+    made["head"].weight = made["embed"].weight
+    last = nn.ModuleDict({name: made[name] for name in order})
+    for mine, other in ((first, last), (last, first)):
+        layout = compare(monkeypatch, mine, pp=[other])
+        for names in (
+            ["embed.weight"],
+            ["head.weight"],
+            ["head.weight", "embed.weight"],
+        ):
+            check = LayoutCheck(layout)
+            assert any([check.match(name, (5, 2)) for name in names])
+            check.finish(check.missing())
 
 
 def test_stages_that_do_not_fit(monkeypatch):

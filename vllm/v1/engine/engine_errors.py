@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -109,7 +108,8 @@ def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
     """Called when one worker's answer to a call of all is an error.
 
     Takes the answers of the workers after it out of their queues, where they would be
-    taken for answers to the next call.
+    taken for answers to the next call. Those that do not come soon are taken out by
+    `discard_owed`.
 
     Args:
         executor: Whose call it was.
@@ -120,11 +120,32 @@ def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
         RuntimeError: A worker died; names it.
     """
     position = next(i for i, queue in enumerate(queues) if queue is failed)
+    deadline = time.monotonic() + _SECONDS_TO_SETTLE
     for queue in queues[position + 1 :]:
-        # One that hangs in a collective without the failed one gives no answer.
-        with suppress(TimeoutError, RuntimeError):
-            queue.dequeue(timeout=_SECONDS_TO_SETTLE)
+        try:
+            queue.dequeue(timeout=max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, RuntimeError):
+            # One that hangs in a collective without the failed one gives no answer.
+            owed = vars(executor).setdefault("owed_answers", {})
+            owed[id(queue)] = owed.get(id(queue), 0) + 1
     raise_death(executor)
+
+
+def discard_owed(executor: Any, queue: Any, timeout: float | None) -> None:
+    """Take late answers to calls that failed out of a queue, before it is read.
+
+    Args:
+        executor: Whose queue it is.
+        queue: Of one worker.
+        timeout: In seconds, for each of them; None: no limit.
+
+    Raises:
+        TimeoutError: They have not come.
+    """
+    owed = getattr(executor, "owed_answers", {})
+    while owed.get(id(queue)):
+        queue.dequeue(timeout=timeout)
+        owed[id(queue)] -= 1
 
 
 def described(process: Any) -> str:

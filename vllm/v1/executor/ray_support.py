@@ -90,7 +90,7 @@ def worker_runtime_env(
     runtime_env: dict[str, Any],
     vllm_config: VllmConfig,
     rank: int,
-    on_driver_node: bool,
+    one_node: bool,
 ) -> dict[str, Any]:
     """The runtime environment of one worker: on CPU with its threads.
 
@@ -98,12 +98,12 @@ def worker_runtime_env(
         runtime_env: The one that all workers have.
         vllm_config: The engine's config.
         rank: The worker's rank, by which VLLM_CPU_OMP_THREADS_BIND counts.
-        on_driver_node: Whether the worker runs on the host of this process, whose
-            cores are known. Elsewhere Ray chooses the number of threads.
+        one_node: Whether all workers run on the host of this process, whose cores
+            are known. Over several hosts Ray chooses the number of threads.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or not on_driver_node:
+    if not current_platform.is_cpu() or not one_node:
         return runtime_env
     with OMPProcessManager(vllm_config).configure_omp_envs(rank, rank):
         threads = {n: os.environ[n] for n in _THREAD_VARIABLES if n in os.environ}

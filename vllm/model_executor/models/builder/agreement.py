@@ -73,6 +73,12 @@ def compare_ranks(
         whole.tensors |= their_layout.tensors
         whole.fused |= their_layout.fused
         whole.aliases |= their_layout.aliases
+    # Tied on one stage and alone on another: it is loaded under the first of its names.
+    for alias, first in whole.aliases.items():
+        for name, tensor in list(whole.tensors.items()):
+            if tensor.parameter == alias != first:
+                del whole.tensors[name]
+        whole.fused.pop(alias, None)
     return whole
 
 

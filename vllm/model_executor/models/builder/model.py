@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VLLM_INTERFACE = ("embed_input_ids", "forward", "compute_logits", "load_weights")
 
 
-def model_class(spec: BuilderSpec) -> type[nn.Module]:
+def model_class(spec: BuilderSpec) -> "type[BuiltModel]":
     """The class that `ModelRegistry` resolves a builder's architecture to."""
     name = spec.name.rpartition(".")[2].strip("<>")
     base = BuiltStage if spec.options.supports_pp else BuiltModel
@@ -36,7 +36,7 @@ class RegisteredBuilder(upstream.BaseRegisteredModel):
     """A builder's entry in `ModelRegistry.models`."""
 
     def __init__(self, spec: BuilderSpec) -> None:
-        self.model_cls = model_class(spec)
+        self.model_cls: type[BuiltModel] = model_class(spec)
 
     def load_model_cls(self) -> type[nn.Module]:
         return self.model_cls

@@ -275,21 +275,23 @@ def prepare(model_config: "ModelConfig") -> None:
 def verify_stages(model_config: "ModelConfig", parallel_config: Any) -> None:
     """Called when a `ModelConfig` is checked against the engine's `ParallelConfig`.
 
+    Classes are vLLM's to check, and so are lazy strings, which are not imported here.
+
     Raises:
         ValueError: Several pipeline stages are asked for, and the builder does not
             build stages or the model has fewer layers.
     """
-    from vllm.model_executor.models.builder.model import BuiltModel
+    from vllm.model_executor.models.builder.model import RegisteredBuilder
 
     stages = parallel_config.pipeline_parallel_size
-    if stages == 1 or not _targets.keys() & set(model_config.architectures):
+    models = model_config.registry.models
+    entry = next(filter(None, map(models.get, model_config.architectures)), None)
+    if stages == 1 or not isinstance(entry, RegisteredBuilder):
         return
-    served, _ = model_config.registry.resolve_model_cls(
-        model_config.architectures, model_config
-    )
-    if issubclass(served, BuiltModel) and not served.spec.options.supports_pp:
+    spec = entry.model_cls.spec
+    if not spec.options.supports_pp:
         raise ValueError(
-            f"pipeline_parallel_size={stages}, but the builder {served.spec.name} "
+            f"pipeline_parallel_size={stages}, but the builder {spec.name} "
             "builds whole models. Let it build single stages (PipelineLayers in "
             "vllm.model_executor.models.builder) and say so with "
             "@model_builder(supports_pp=True), or use tensor_parallel_size."

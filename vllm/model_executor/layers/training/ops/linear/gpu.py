@@ -105,6 +105,7 @@ def in_order_linear(
             for piece, to in pieces:
                 candidate(piece, weight, bias, to)
             return output
+        del output, pieces
     if x.shape[0] <= SOME_ROWS and _has_fast_kernels(x, weight):
         return few_rows_linear(x, weight, bias)
     return _reference(x, weight, bias)

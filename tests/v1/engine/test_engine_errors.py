@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Answers of workers to calls of which one has failed."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm.v1.engine import engine_errors
+
+
+class Answers:
+    """A worker's queue; None is an answer that has not come yet."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def dequeue(self, timeout=None):
+        if self.answers[0] is None:
+            del self.answers[0]
+            raise TimeoutError
+        return self.answers.pop(0)
+
+
+def test_no_answer_is_taken_for_one_to_the_next_call():
+    failed, prompt = Answers("error"), Answers("old", "new")
+    late = Answers(None, "old", "new")
+    executor, queues = SimpleNamespace(), [failed, prompt, late]
+    assert failed.dequeue() == "error"
+    engine_errors.settle(executor, queues, failed)
+    for queue in (prompt, late):
+        engine_errors.discard_owed(executor, queue, timeout=1.0)
+        assert queue.dequeue() == "new"
+        # Nothing is owed any more.
+        engine_errors.discard_owed(executor, queue, timeout=1.0)
+        assert queue.answers == []
+
+
+def test_an_answer_that_stays_owed():
+    failed, silent = Answers("error"), Answers(None, None, "old", "new")
+    executor = SimpleNamespace()
+    engine_errors.settle(executor, [failed, silent], failed)
+    with pytest.raises(TimeoutError):
+        engine_errors.discard_owed(executor, silent, timeout=0.0)
+    engine_errors.discard_owed(executor, silent, timeout=1.0)
+    assert silent.dequeue() == "new"
