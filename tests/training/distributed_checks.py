@@ -17,6 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from tests.training.distributed_model import (
     Trainable,
@@ -123,6 +131,50 @@ def test_clipping_by_the_norm_of_all(groups, tp_size, kind):
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="No parameter has a gradient"):
         training.clip_grad_norm_(model, 1.0, context)
+
+
+def norm_of_gradients(model):
+    return torch.stack([p.grad.double().norm() for p in model.parameters()]).norm()
+
+
+def test_dtensors_under_fsdp(groups):
+    """A dim that both cut, and a parameter with fewer rows than ranks."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 1)).to(context.device)
+
+    context = groups(2)
+    mesh, single, model = context.device_mesh(), make(), make()
+    columns = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh["tp"], {"0": columns})
+    fully_shard(model, mesh=mesh["dp"])
+    held = training.sharding(model)
+    assert held["0.weight"].dims == {"dp": 0, "tp": 0}
+    assert held["1.weight"].dims == {"dp": 0}
+    x = torch.randn(6, 8, device=context.device)
+    for each in (single, model):
+        each(x).square().mean().backward()
+    norm = training.clip_grad_norm_(model, math.inf, context)
+    assert abs(norm - norm_of_gradients(single)) <= 1e-6 * norm
+    tensors = dict(checkpoint_tensors(model))
+    assert_same(tensors, dict(single.named_parameters()))
+
+
+def test_gradients_that_are_summands(groups):
+    """Of a norm over slices of the sequence, in DTensor's way."""
+    context = groups(4)
+    single = nn.LayerNorm(8, device=context.device)
+    model = nn.Sequential(nn.LayerNorm(8, device=context.device))
+    plan = {"0": SequenceParallel(sequence_dim=0, use_local_output=True)}
+    parallelize_module(model, context.device_mesh()["tp"], plan)
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 12, 8, device=context.device)
+    (single(x) * weights).sum().backward()
+    rank = context.tp_rank
+    (model(x.chunk(4)[rank]) * weights.chunk(4)[rank]).sum().backward()
+    norm = training.clip_grad_norm_(model, math.inf, context)
+    assert abs(norm - norm_of_gradients(single)) <= 1e-6 * norm
 
 
 STEPS, NEXT = range(3), range(3, 5)

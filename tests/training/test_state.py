@@ -4,6 +4,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -114,6 +115,36 @@ def test_state_of_other_shapes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Adafactor keeps row_var of shape \[2, 1\]"):
         training.save_state(*trainer, tmp_path / "state")
     assert not list(tmp_path.iterdir())
+
+
+def test_state_that_is_no_number_is_refused(tmp_path):
+    model, optimizer = trained(1.0)
+    optimizer.state[model.weight]["factors"] = [torch.zeros(2)]
+    with pytest.raises(ValueError, match="AdamW keeps factors, a list, for weight of"):
+        training.save_state(model, optimizer, tmp_path / "state")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hyperparameters_of_numpy(tmp_path):
+    model, optimizer = trained(1.0)
+    optimizer.param_groups[0]["lr"] = np.float64(0.125)
+    training.save_state(model, optimizer, tmp_path / "state")
+    training.load_state(model, optimizer, tmp_path / "state")
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_state_keeps_its_dtype(tmp_path):
+    """Of fp32 moments of bf16 parameters all bits come back."""
+    (model, optimizer), (other, other_optimizer) = trained(1.0), trained(2.0)
+    for part, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        part.bfloat16()
+        for state in its_optimizer.state.values():
+            state["exp_avg"] += 1 / 3
+    training.save_state(model, optimizer, tmp_path / "state")
+    training.load_state(other, other_optimizer, tmp_path / "state")
+    found = other_optimizer.state[other.weight]["exp_avg"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, optimizer.state[model.weight]["exp_avg"])
 
 
 def test_killed_anywhere(tmp_path):

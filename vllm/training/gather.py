@@ -65,8 +65,8 @@ class Gatherer:
         self._pieces: dict[str, dict[Box, torch.Tensor]] = {}
         self.plans: dict[str, GatherPlan] = {}
         self.rank, self._world_size = rank_and_size()
-        own = self._own(module)
-        if alone and all(plan.is_whole for plan in own.values()):
+        own, is_sharded = self._own(module)
+        if alone and not is_sharded:
             self._world_size, everyone = 1, {self.rank: own}
         else:
             everyone = dict(enumerate(gather_objects(own)))
@@ -78,11 +78,15 @@ class Gatherer:
                     owners.setdefault(box, []).append(rank)
         self._check()
 
-    def _own(self, module: nn.Module) -> dict[str, GatherPlan]:
-        """The tensors and pieces that this rank holds."""
+    def _own(self, module: nn.Module) -> tuple[dict[str, GatherPlan], bool]:
+        """The tensors and pieces that this rank holds; whether ranks cut the module.
+
+        The latter is the same on every rank, whatever pieces it holds.
+        """
         own: dict[str, GatherPlan] = {}
         tensors = tensors_of(module)
-        for name, parameter in CheckpointLayout.of(module).parameters.items():
+        parameters = CheckpointLayout.of(module).parameters
+        for name, parameter in parameters.items():
             local = held(tensors[name])
             for shard in parameter.shards:
                 plan = GatherPlan(shard.shape, local.dtype)
@@ -91,7 +95,7 @@ class Gatherer:
                     box = (shard.offsets, shard.sizes)
                     plan.owners[box] = [self.rank]
                     self._pieces.setdefault(shard.tensor, {})[box] = shard.local(local)
-        return own
+        return own, any(parameter.dims for parameter in parameters.values())
 
     def _check(self) -> None:
         for name, plan in self.plans.items():

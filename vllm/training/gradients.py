@@ -9,11 +9,11 @@ import math
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.layout import CheckpointLayout, tensors_of, unwrapped
-from vllm.training.shards import ShardedParameter, held
+from vllm.training.shards import ShardedParameter, held, sharded_mesh_dims
 
 
 @torch.no_grad()
@@ -33,43 +33,61 @@ def clip_grad_norm_(
         context: that the model was built with.
 
     Returns:
-        The 2-norm before, a scalar; fp64 where a gradient is, else fp32. Infinite or
-        NaN gradients give such a norm, and are scaled by it.
+        The 2-norm before, a scalar; fp64 if the model has fp64, else fp32. The factor
+        is rounded to a gradient's dtype. Where gradients are infinite or NaN so is the
+        norm, and the scaled gradients are NaN.
 
     Raises:
-        ValueError: max_norm is not above 0, or no parameter has a gradient.
+        ValueError: max_norm is not above 0, or no parameter of any rank has a
+            gradient.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm!r} must be a number above 0.")
     model = unwrapped(model)
     tensors = tensors_of(model)
-    squares, gradients = [], []
+    # Alike on every rank, also on one that holds nothing of what is trained.
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    square = torch.zeros((), dtype=dtype, device=context.device)
+    gradients = []
     for name, parameter in CheckpointLayout.of(model).parameters.items():
         tensor = tensors[name]
         if tensor.grad is None:
             continue
-        gradient = held(tensor.grad)
+        gradient = held(_placed_as(tensor))
         gradients.append(gradient)
         for shard in parameter.shards:
-            own = shard.local(gradient)
-            dtype = torch.promote_types(own.dtype, torch.float32)
-            square = torch.linalg.vector_norm(own, dtype=dtype).square()
+            norm = torch.linalg.vector_norm(shard.local(gradient), dtype=dtype)
             ranks = _holders(parameter, tensor, context) * shard.replicas
-            squares.append(square / ranks)
-    if not gradients:
+            square += (norm.square() / ranks).to(square.device)
+    count = torch.full_like(square, len(gradients))
+    total = torch.stack([square, count])
+    if context.world_size > 1:
+        dist.all_reduce(total)
+    if not total[1]:
         raise ValueError(
             "No parameter has a gradient; call clip_grad_norm_ after backward() and "
             "before zero_grad()."
         )
-    total = torch.stack(squares).sum()
-    for axis in ("tp", "dp", "pp"):
-        if getattr(context, f"{axis}_size") > 1:
-            dist.all_reduce(total, group=context.group(axis))
-    norm = total.sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.dtype))
+    norm = total[0].sqrt()
+    if max_norm < math.inf:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient))
     return norm
+
+
+def _placed_as(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter's gradient, a DTensor's cut as the parameter is.
+
+    Plain DTensors may have summands on each rank, which are added up here, for good.
+    """
+    grad = tensor.grad
+    assert grad is not None
+    if isinstance(grad, DTensor) and isinstance(tensor, DTensor):
+        grad = grad.redistribute(placements=tensor.placements)
+        tensor.grad = grad
+    return grad
 
 
 def _holders(
@@ -81,11 +99,6 @@ def _holders(
     """
     cuts = context.tp_size if "tp" in parameter.dims else 1
     if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        names = mesh.mesh_dim_names or (None,) * mesh.ndim
-        cuts *= math.prod(
-            mesh.size(index)
-            for index, placement in enumerate(tensor.placements)
-            if isinstance(placement, Shard) and names[index] != "tp"
-        )
+        sizes = (size for name, size, _ in sharded_mesh_dims(tensor) if name != "tp")
+        cuts *= math.prod(sizes)
     return context.tp_size * context.dp_size // cuts

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from vllm.model_executor.layers.training.sharding import (
     ParameterSharding,
@@ -236,14 +237,20 @@ def _held_box(
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tuple(tensor.shape), {}
     (chunk,) = tensor.__create_chunk_list__()
+    dims = {name: dim for name, _, dim in sharded_mesh_dims(tensor)}
+    return tuple(chunk.offsets), tuple(chunk.sizes), dims
+
+
+def sharded_mesh_dims(tensor: DTensor) -> list[tuple[str, int, int]]:
+    """The dims of a mesh that cut a DTensor: name, size, and the tensor's dim."""
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or [f"mesh_{index}" for index in range(mesh.ndim)]
-    dims = {
-        names[index]: placement.dim
+    return [
+        (names[index], mesh.size(index), placement.dim)
         for index, placement in enumerate(tensor.placements)
-        if isinstance(placement, Shard) and mesh.size(index) > 1
-    }
-    return tuple(chunk.offsets), tuple(chunk.sizes), dims
+        # FSDP2 over a dim that tensor parallelism cuts already is no Shard.
+        if isinstance(placement, Shard | _StridedShard) and mesh.size(index) > 1
+    ]
 
 
 def _box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -146,7 +147,7 @@ class _Trained:
         """The hyperparameters of each of `names`."""
         for group in self.optimizer.param_groups:
             options = {
-                key: _plain(value)
+                key: _storable(value)
                 for key, value in group.items()
                 if key not in ("params", "param_names")
             }
@@ -159,15 +160,17 @@ class _Trained:
         for key, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 tensors[key] = value
-            elif isinstance(value, torch.Tensor) and value.dim():
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} keeps {key} of shape "
-                    f"{list(value.shape)} for {name} of shape {list(parameter.shape)}; "
-                    "only state of the parameter's shape, or a single number, can be "
-                    "saved and resharded."
-                )
+            elif (single := _single(value)) is not None or value is None:
+                values[key] = single
             else:
-                values[key] = _plain(value)
+                given = f", a {type(value).__name__},"
+                if isinstance(value, torch.Tensor):
+                    given = f" of shape {list(value.shape)}"
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} keeps {key}{given} for {name} "
+                    f"of shape {list(parameter.shape)}; only state of the parameter's "
+                    "shape, or a single number, can be saved and resharded."
+                )
         return tensors, values
 
     def weights(self) -> Iterator[Piece]:
@@ -201,6 +204,12 @@ class _Trained:
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self._groups(saved)}
         )
+        # torch has cast them to the parameters' dtype.
+        for index, entries in state.items():
+            kept = self.optimizer.state[self.tensors[self.names[index]]]
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    kept[key] = value.to(kept[key].device)
 
     def _groups(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups, first = [], 0
@@ -357,6 +366,20 @@ def _state_prefix(key: str) -> str:
     return f"optimizer.{key}."
 
 
-def _plain(value: Any) -> Any:
-    """A value that can be stored: tensors on the CPU."""
-    return held(value).cpu() if isinstance(value, torch.Tensor) else value
+def _single(value: Any) -> Any:
+    """A single number or string as it is stored; None for anything else."""
+    value = _storable(value)
+    if isinstance(value, torch.Tensor):
+        return None if value.dim() else value
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def _storable(value: Any) -> Any:
+    """With tensors on the CPU and numbers that torch reads without running code."""
+    if isinstance(value, torch.Tensor):
+        return held(value).cpu()
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_storable, value))
+    return value

@@ -150,6 +150,7 @@ def discard_owed(executor: Any, queue: Any, timeout: float | None) -> None:
 
 def described(process: Any) -> str:
     """A worker process that has ended, in words."""
+    process.join(timeout=1)  # its end is seen before its exit code
     return f"{process.name} (pid {process.pid}, exit code {process.exitcode})"
 
 

@@ -144,8 +144,9 @@ def test_nan_and_infinity_propagate_as_in_torch(form, dtype, device):
     x = torch.cartesian_prod(values, values).T.flatten().to(device, dtype)
     grad = torch.ones(len(values) ** 2, device=device, dtype=dtype)
     actual = results(layer_of(form), x, grad)
-    expected = results(lambda x: reference(x, *options), x, grad)
-    for a, b in zip(actual, expected):
+    # In fp64: torch's fp32 gelu of infinity is NaN with AVX-512.
+    expected = results(lambda x: reference(x, *options), x.double(), grad.double())
+    for a, b in zip(actual, (each.to(dtype) for each in expected)):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.isposinf(), b.isposinf())
         assert torch.equal(a.isneginf(), b.isneginf())

@@ -40,7 +40,9 @@ def all_reduce(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     if engine is None:
         return start_all_reduce(x, group)()
     # On CPU the engine adds up in place.
-    return engine.all_reduce(x.clone() if x.device.type == "cpu" else x.contiguous())
+    if x.device.type == "cpu":
+        return engine.all_reduce(x.clone(memory_format=torch.contiguous_format))
+    return engine.all_reduce(x.contiguous())
 
 
 def start_all_reduce(x: torch.Tensor, group: ProcessGroup) -> Finish:
