@@ -256,7 +256,16 @@ def _verdict(
     form = _form(x, weight, bias, output)
     verdict = _verdicts.get(form)
     if verdict is None and not _is_capturing(x):
-        verdict = _compare(candidate, x, weight, bias, output)
+        try:
+            verdict = _compare(candidate, x, weight, bias, output)
+        except torch.OutOfMemoryError:
+            logger.warning_once(
+                "Too little GPU memory is left to compare cuBLASLt with vLLM's "
+                "batch-invariant GEMM for a weight of shape %s; vLLM's, which is "
+                "slower, multiplies until there is. Lower gpu_memory_utilization.",
+                tuple(weight.shape),
+            )
+            return None
         if verdict is not None:
             _verdicts[form] = verdict
         if verdict is False:
