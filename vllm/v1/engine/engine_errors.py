@@ -9,6 +9,7 @@ writes nothing; its executor notes it.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,11 @@ FAILED = "FAILED"
 _SECONDS_TO_SETTLE = 5
 _LONGEST = 1500
 """Characters of one error; a report this short is written to a pipe in one piece."""
+
+
+def pipe() -> tuple[Connection, Connection]:
+    """Where engine cores report: the end to read, and the end to write."""
+    return multiprocessing.Pipe(duplex=False)
 
 
 def send(writer: Connection | None, name: str) -> None:
