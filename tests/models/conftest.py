@@ -3,7 +3,8 @@
 """Engines that end with the test that started them."""
 
 import pytest
-import torch
+
+from tests.models.gpus import skip_without_gpus
 
 
 @pytest.fixture
@@ -17,12 +18,6 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(registration, "_targets", {})
     yield
     upstream.MODEL_ARCH_BY_HASH.clear()
-
-
-def _skip_without_gpus(workers):
-    """On a machine with GPUs each worker takes one."""
-    if 0 < torch.cuda.device_count() < workers:
-        pytest.skip(f"needs {workers} GPUs, or none")
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def make_llm(clean_registry):
             "max_model_len": 256,
             "enforce_eager": True,
         } | options
-        _skip_without_gpus(
+        skip_without_gpus(
             options.get("tensor_parallel_size", 1)
             * options.get("pipeline_parallel_size", 1)
         )

@@ -19,6 +19,7 @@ from tests.models.builder.models import (
     greedy,
     save_generic,
 )
+from tests.models.gpus import skip_without_gpus
 from vllm import ModelRegistry
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
@@ -106,8 +107,7 @@ def served(tmp_path_factory, ray_cluster):
     """
     from vllm import LLM
 
-    if 0 < torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs, or none")
+    skip_without_gpus(2)
     directory = tmp_path_factory.mktemp("served")
     model = save_generic(directory)
     outcomes = {}

@@ -205,10 +205,8 @@ def _implementation(model: nn.Module, layer: TrainableAttention) -> str | None:
     if layer.implementation is not None:
         return layer.implementation
     parameter = next(model.parameters())
-    is_cuda = parameter.is_cuda
-    request = Request(
-        parameter.device.type,
-        torch.cuda.get_device_capability(parameter.device) if is_cuda else (0, 0),
+    request = Request.on(
+        parameter.device,
         parameter.dtype,
         layer.num_heads,
         layer.head_size,

@@ -85,11 +85,8 @@ class AttentionShape:
     def forward_on(self, device: torch.device) -> str | None:
         """Name of the kernel that computes it in the mode; None if none can."""
         name = self.implementation or table.default_for(
-            table.Request(
-                device.type,
-                torch.cuda.get_device_capability(device)
-                if device.type == "cuda"
-                else (0, 0),
+            table.Request.on(
+                device,
                 self.dtype,
                 self.num_heads,
                 self.head_size,
@@ -100,8 +97,8 @@ class AttentionShape:
                     sinks=self.sinks,
                     alibi_slopes=self.alibi,
                 ),
-                deterministic=False,
-                batch_invariant=True,
+                False,  # deterministic
+                True,  # batch_invariant
             )
         )
         return name and table.IMPLEMENTATIONS[name][0]

@@ -126,7 +126,7 @@ def full_logprobs(
 
     The rows that `token_logprobs` takes its values from. They are held in fp32, so
     pass the hidden states of the tokens that are needed. Plain torch: can be
-    differentiated any number of times.
+    differentiated any number of times, over several ranks once.
 
     Args:
         hidden_states: as for `token_logprobs`.

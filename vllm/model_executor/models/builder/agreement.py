@@ -11,7 +11,7 @@ from torch import nn
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.attention import TrainableAttention
-from vllm.training.weights import CheckpointLayout
+from vllm.training.layout import CheckpointLayout, tensors_of
 
 Description = Mapping[str, str]
 
@@ -74,11 +74,12 @@ def compare_ranks(
         whole.fused |= their_layout.fused
         whole.aliases |= their_layout.aliases
     # Tied on one stage and alone on another: it is loaded under the first of its names.
-    for alias, first in whole.aliases.items():
-        for name, tensor in list(whole.tensors.items()):
-            if tensor.parameter == alias != first:
-                del whole.tensors[name]
-        whole.fused.pop(alias, None)
+    whole.tensors = {
+        name: tensor
+        for name, tensor in whole.tensors.items()
+        if whole.aliases.get(tensor.parameter, tensor.parameter) == tensor.parameter
+    }
+    whole.fused = {n: t for n, t in whole.fused.items() if n not in whole.aliases}
     return whole
 
 
@@ -89,7 +90,7 @@ def _describe(
 
     Shapes are full ones: what a rank holds of them follows from its rank.
     """
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = tensors_of(module)
     parameters = {}
     for name in layout.parameters:
         dtype = str(tensors[name].dtype).removeprefix("torch.")

@@ -29,7 +29,6 @@ from vllm.model_executor.layers.training.ops.library import (
 
 # Called for each forward and backward.
 _cached_choice = functools.cache(choose)
-_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def attention(
@@ -192,10 +191,8 @@ def _choose(
     batch_invariant: bool,
 ) -> tuple[Kernel, Kernel]:
     _, causal, window, soft_cap = features
-    is_cuda = query.device.type == "cuda"
-    request = Request(
-        query.device.type,
-        _capability(query.device) if is_cuda else (0, 0),
+    request = Request.on(
+        query.device,
         query.dtype,
         query.shape[1],
         query.shape[2],

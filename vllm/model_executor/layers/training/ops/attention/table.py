@@ -46,6 +46,9 @@ NO_ALIBI = frozenset({"non_causal", "sliding_window", "logits_soft_cap", "sinks"
 ALL_FEATURES = NO_ALIBI | {"alibi_slopes"}
 
 
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 class Request(NamedTuple):
     """What has to be computed, as far as it decides which kernels can.
 
@@ -70,6 +73,12 @@ class Request(NamedTuple):
     features: tuple[str, ...]
     deterministic: bool
     batch_invariant: bool = False
+
+    @classmethod
+    def on(cls, device: torch.device, *fields: Any) -> Request:
+        """A request for a device; `fields` are those from dtype on."""
+        is_cuda = device.type == "cuda"
+        return cls(device.type, _capability(device) if is_cuda else (0, 0), *fields)
 
     def __str__(self) -> str:
         device = self.device_type

@@ -30,7 +30,6 @@ def forward(
     One KV split: a row's bits do not depend on the batch, and contiguous keys give the
     bits of paged ones. It has no ALiBi.
     """
-    left, right = window_sides(causal, window)
     output, lse = upstream.flash_attention().flash_attn_varlen_func(
         query,
         key,
@@ -41,7 +40,7 @@ def forward(
         cu_seqlens_k=cu_seqlens,
         softmax_scale=scale,
         causal=causal,
-        window_size=[-1 if left is None else left, -1 if right is None else right],
+        window_size=_window_size(causal, window),
         softcap=soft_cap,
         return_softmax_lse=True,
         fa_version=version,
@@ -50,6 +49,11 @@ def forward(
         s_aux=None if sinks is None else sinks.to(query.dtype),
     )
     return output, lse
+
+
+def _window_size(causal: bool, window: int) -> list[int]:
+    """Keys before and after a query's own position, as vLLM takes them; -1: all."""
+    return [-1 if side is None else side for side in window_sides(causal, window)]
 
 
 def decode_from_pages(
@@ -81,7 +85,6 @@ def decode_from_pages(
     Returns:
         shape = [num_requests, num_heads, head_size].
     """
-    left, right = window_sides(True, window)
     return upstream.flash_attention().flash_attn_varlen_func(
         query,
         key_pages,
@@ -95,7 +98,7 @@ def decode_from_pages(
         block_table=block_table,
         softmax_scale=scale,
         causal=True,
-        window_size=[-1 if left is None else left, -1 if right is None else right],
+        window_size=_window_size(True, window),
         softcap=soft_cap,
         fa_version=3,
         num_splits=1,
