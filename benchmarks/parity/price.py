@@ -16,19 +16,16 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
 from environment import environment
 from measure import medians
+from served import Load, Served, all_ready, answer_loads, rates_in_turns
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -59,11 +56,10 @@ CONFIG = GenericTransformerConfig(
         )
     ),
 )
-# Requests, prompt tokens and new tokens of each.
 LOADS = (
-    [(1, 128, 256), (16, 256, 256), (256, 256, 256)]
+    [Load(1, 128, 256), Load(16, 256, 256), Load(256, 256, 256)]
     if ON_CUDA
-    else [(1, 128, 128), (16, 128, 64), (64, 128, 32)]
+    else [Load(1, 128, 128), Load(16, 128, 64), Load(64, 128, 32)]
 )
 TARGETS = (
     {"engine": 0.97, "trainer": 0.98}
@@ -73,17 +69,17 @@ TARGETS = (
         "trainer": 0.9,
     }
 )
-# Of each load in each mode; two before them are not counted.
+# Of one of two engines on one GPU.
+MEMORY = {"kv_cache_memory_bytes": 18 << 30, "gpu_memory_utilization": 0.4}
+# Of each load in each mode.
 REPETITIONS = 9
-# What a serving process begins its answers with.
-RATE = "RATE"
 # Sequences and tokens of each.
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
 
 
 def serve(directory: str) -> None:
-    """For each number of a load on stdin, print its tokens per second in this mode."""
-    from vllm import LLM, ModelRegistry, SamplingParams
+    """Answer loads with the engine of this process's mode."""
+    from vllm import LLM, ModelRegistry
 
     def build(config, parallel_context):
         return GenericTransformerForCausalLM(config, parallel_context)
@@ -96,56 +92,9 @@ def serve(directory: str) -> None:
         dtype=str(DTYPE).removeprefix("torch."),
         max_model_len=2048,
         enable_prefix_caching=False,
-        **({"gpu_memory_utilization": 0.4} if ON_CUDA else {}),
+        **(MEMORY if ON_CUDA else {}),
     )
-    print(RATE, "ready", flush=True)
-    for line in sys.stdin:
-        requests, prompt, new = LOADS[int(line)]
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(CONFIG.vocab_size, (requests, prompt), generator=generator)
-        prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
-        sampling = SamplingParams(
-            max_tokens=new, ignore_eos=True, detokenize=False, logprobs=0
-        )
-        begin = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        print(RATE, requests * new / (time.perf_counter() - begin), flush=True)
-
-
-class Served:
-    """An engine in a process of its own.
-
-    Args:
-        directory: of the model's config.
-        mode: "1" for batch-invariant mode, else "0".
-    """
-
-    def __init__(self, directory: str, mode: str) -> None:
-        variables = {"VLLM_BATCH_INVARIANT": mode, "VLLM_LOGGING_LEVEL": "WARNING"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", directory],
-            env=os.environ | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.answer()
-
-    def rate(self, load: int) -> float:
-        """Tokens per second of one of `LOADS`."""
-        print(load, file=self.process.stdin, flush=True)
-        return float(self.answer())
-
-    def answer(self) -> str:
-        """What follows `RATE` in the next line that begins with it."""
-        for line in self.process.stdout:
-            if line.startswith(RATE):
-                return line.removeprefix(RATE).strip()
-        sys.exit(f"an engine ended with status {self.process.wait()}")
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    answer_loads(llm, CONFIG.vocab_size)
 
 
 def engine() -> list[dict[str, object]]:
@@ -153,16 +102,17 @@ def engine() -> list[dict[str, object]]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         CONFIG.save_pretrained(directory)
-        engines = [Served(directory, mode) for mode in ("0", "1")]
-        for load, (requests, prompt, new) in enumerate(LOADS):
-            for each in engines * 2:
-                each.rate(load)
-            rates = [[each.rate(load) for each in engines] for _ in range(REPETITIONS)]
-            normal, invariant = map(statistics.median, zip(*rates))
-            case = f"engine, {requests} requests of {prompt}+{new} tokens"
-            rows.append(row(case, "tokens/s", normal, invariant, invariant / normal))
-        for each in engines:
-            each.end()
+        engines = [
+            Served(["--serve", directory], {"VLLM_BATCH_INVARIANT": mode})
+            for mode in ("0", "1")
+        ]
+        with all_ready(engines):
+            for load in LOADS:
+                normal, invariant = rates_in_turns(engines, load, REPETITIONS)
+                ratio = invariant / normal
+                rows.append(
+                    row(f"engine, {load}", "tokens/s", normal, invariant, ratio)
+                )
     return rows
 
 

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 import torch
 from measure import Result, dtypes_of_products, medians, name_of
 from torch_model import TorchModel

@@ -75,8 +75,8 @@ def test_inconsistent_fields_are_refused(fields, message):
 
 
 def test_groups_must_fit_the_sizes():
-    with pytest.raises(ValueError, match="tp_group was given although tp_size=1"):
-        ParallelContext(tp_group=group(0, 1))
+    with pytest.raises(ValueError, match="tp_group has size 2 .*but tp_size=1"):
+        ParallelContext(tp_group=group(0, 2))
     with pytest.raises(
         ValueError, match="pp_group has size 4 and this process is rank"
     ):

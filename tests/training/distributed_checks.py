@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Trainers of TP x DP on four ranks, and their checkpoints under other shardings.
+"""Trainers of TP x DP on several ranks, and their checkpoints under other shardings.
 
 Run by `test_distributed.py`:
-`torchrun --nproc-per-node 4 -m pytest distributed_checks.py`.
+`torchrun --nproc-per-node 4 -m pytest distributed_checks.py`. On two ranks the
+data-parallel groups beside two tensor-parallel ranks have one rank each.
 """
 
 import math
@@ -48,6 +49,8 @@ from vllm.training.weights import checkpoint_tensors
 
 FOLDER = Path(os.environ["CHECKS_FOLDER"])
 TIMEOUT = timedelta(seconds=90)
+WORLD = int(os.environ["WORLD_SIZE"])
+needs_four = pytest.mark.skipif(WORLD < 4, reason="needs four ranks")
 
 
 @pytest.fixture
@@ -103,14 +106,14 @@ def test_training_is_that_of_one_process(groups, kind, tied):
     plain = reference(steps, torch.float32, tied)
     exact = reference(steps, torch.float64, tied)
     context = groups(2)
-    assert (context.tp_size, context.dp_size) == (2, 2)
+    assert (context.tp_size, context.dp_size) == (2, WORLD // 2)
     model, optimizer = parallelized(context, kind, tied)
     train(model, optimizer, steps, context)
     assert_as_accurate(gradients(model), plain[0], exact[0])
     assert_as_accurate(weights(model), plain[1], exact[1])
 
 
-@pytest.mark.parametrize("tp_size, kind", [(4, "plain"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("tp_size, kind", [(WORLD, "plain"), (2, "ddp"), (2, "fsdp")])
 def test_clipping_by_the_norm_of_all(groups, tp_size, kind):
     """Heads and rows that several ranks hold count once."""
     context = groups(tp_size)
@@ -137,6 +140,7 @@ def norm_of_gradients(model):
     return torch.stack([p.grad.double().norm() for p in model.parameters()]).norm()
 
 
+@needs_four
 def test_dtensors_under_fsdp(groups):
     """A dim that both cut, and a parameter with fewer rows than ranks."""
 
@@ -163,7 +167,7 @@ def test_dtensors_under_fsdp(groups):
 
 def test_gradients_that_are_summands(groups):
     """Of a norm over slices of the sequence, in DTensor's way."""
-    context = groups(4)
+    context = groups(WORLD)
     single = nn.LayerNorm(8, device=context.device)
     model = nn.Sequential(nn.LayerNorm(8, device=context.device))
     plan = {"0": SequenceParallel(sequence_dim=0, use_local_output=True)}
@@ -172,7 +176,7 @@ def test_gradients_that_are_summands(groups):
     x, weights = torch.randn(2, 12, 8, device=context.device)
     (single(x) * weights).sum().backward()
     rank = context.tp_rank
-    (model(x.chunk(4)[rank]) * weights.chunk(4)[rank]).sum().backward()
+    (model(x.chunk(WORLD)[rank]) * weights.chunk(WORLD)[rank]).sum().backward()
     norm = training.clip_grad_norm_(model, math.inf, context)
     assert abs(norm - norm_of_gradients(single)) <= 1e-6 * norm
 
@@ -202,7 +206,7 @@ def test_state_resumes_under_any_sharding(groups):
     if dist.get_rank() == 0:
         torch.save(saved, FOLDER / "saved.pt")
 
-    for tp_size, kind in ((4, "plain"), (2, "ddp"), (1, "fsdp"), (2, "fsdp")):
+    for tp_size, kind in ((WORLD, "plain"), (2, "ddp"), (1, "fsdp"), (2, "fsdp")):
         context = groups(tp_size)
         model, optimizer = parallelized(context, kind)
         with torch.no_grad():
@@ -223,7 +227,7 @@ def test_state_resumes_under_any_sharding(groups):
 
 def test_state_written_with_tensor_parallelism_alone(groups):
     """Each piece is in the checkpoint once, whoever holds it."""
-    context = groups(4)
+    context = groups(WORLD)
     model, optimizer = parallelized(context, "plain")
     train(model, optimizer, STEPS, context)
     saved = weights(model) | moments(model, optimizer)
@@ -245,7 +249,7 @@ def test_state_that_does_not_fit(groups):
     with raises_everywhere("state exists. Give each save a directory of its own"):
         training.save_state(model, optimizer, directory)
     stranger = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
-    given = stranger if dist.get_rank() == 2 else optimizer
+    given = stranger if dist.get_rank() == WORLD - 1 else optimizer
     with raises_everywhere("1 of the optimizer's 1 parameters are not the model's"):
         training.save_state(model, given, FOLDER / "strange")
     with raises_everywhere("1 of the optimizer's 1 parameters are not the model's"):
@@ -294,7 +298,7 @@ def gathered_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("tp_size", "kind"), [(2, "fsdp"), (4, "plain")])
+@pytest.mark.parametrize(("tp_size", "kind"), [(2, "fsdp"), (WORLD, "plain")])
 def test_save_pretrained_is_that_of_one_process(
     groups, tp_size, kind, tied, gathered_bytes
 ):
@@ -358,6 +362,7 @@ def broken_save(tensors, path, metadata):
     raise OSError("No space left on device")
 
 
+@needs_four
 def test_what_each_rank_holds(groups):
     context = groups(4)
     model, _ = parallelized(context, "fsdp")
@@ -383,6 +388,7 @@ def test_what_each_rank_holds(groups):
     assert "tp" not in sharding["lm.model.norm.weight"].dims
 
 
+@needs_four
 def test_what_each_rank_holds_under_fsdp2(groups):
     context = groups(2)
     model, _ = parallelized(context, "fsdp")

@@ -32,7 +32,7 @@ def hang():
 
 
 def resumed(context):
-    """What four ranks have saved, under another sharding of another world size."""
+    """What the ranks have saved, under another sharding."""
     model, optimizer = parallelized(context, "fsdp")
     training.load_state(model, optimizer, FOLDER / "state")
     saved = torch.load(FOLDER / "saved.pt")

@@ -23,13 +23,14 @@ def check(axis: str, sizes: tuple[int, int], mesh_shape: tuple[int, int, int]) -
         expected = (RANK, 2) if other == axis else (0, 1)
         rank, size = (getattr(context, f"{other}_{part}") for part in ("rank", "size"))
         assert (rank, size) == expected
-        assert (getattr(context, f"{other}_group") is None) == (other != axis)
-    total = torch.tensor([RANK + 1])
-    dist.all_reduce(total, group=context.group(axis))
-    assert total.item() == 3
+        # To PyTorch no group would be the world.
+        total = torch.tensor([RANK + 1], device=context.device)
+        dist.all_reduce(total, group=getattr(context, f"{other}_group"))
+        assert total.item() == (3 if other == axis else RANK + 1)
     mesh = context.device_mesh()
     assert mesh.mesh_dim_names == ("dp", "pp", "tp") and mesh.shape == mesh_shape
-    assert mesh[axis].get_group() is context.group(axis)
+    for other in ("tp", "pp", "dp"):
+        assert mesh[other].get_group() is context.group(other)
     assert mesh.mesh.flatten().tolist() == [0, 1]
     training.destroy_parallel()
     assert not dist.is_initialized()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Trainers of several processes, through torchrun: four at work, and two that die."""
+"""Trainers of several processes, through torchrun: four at work, and two that die.
+
+With GPUs each process takes one; where there are fewer than four, two are at work.
+"""
 
 import os
 import re
@@ -11,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.gpus import skip_without_gpus
 from tests.training.distributed_model import moments, parallelized, weights
 from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
 
 HERE = Path(__file__).parent
+RANKS = 2 if 0 < torch.cuda.device_count() < 4 else 4
 
 
 def torchrun(count, arguments, folder, *options):
@@ -27,7 +32,7 @@ def torchrun(count, arguments, folder, *options):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CHECKS_FOLDER": str(folder),
-        "PYTHONPATH": str(HERE.parents[1]),
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE.parents[1])]),
     }
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300
@@ -35,27 +40,28 @@ def torchrun(count, arguments, folder, *options):
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    """What four ranks have checked and left in their folder."""
-    folder = tmp_path_factory.mktemp("four")
+def all_ranks(tmp_path_factory):
+    """What the ranks have checked and left in their folder."""
+    skip_without_gpus(2)
+    folder = tmp_path_factory.mktemp("ranks")
     checks = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=8"]
-    done = torchrun(4, [*checks, HERE / "distributed_checks.py"], folder)
+    done = torchrun(RANKS, [*checks, HERE / "distributed_checks.py"], folder)
     return folder, done
 
 
 @pytest.fixture(scope="module")
-def saved(four_ranks):
-    """Where four ranks have saved `state`, and `saved.pt` with what is in it."""
-    folder, done = four_ranks
+def saved(all_ranks):
+    """Where the ranks have saved `state`, and `saved.pt` with what is in it."""
+    folder, done = all_ranks
     assert done.returncode == 0
     return folder
 
 
-def test_four_ranks(four_ranks):
-    _, done = four_ranks
+def test_ranks(all_ranks):
+    _, done = all_ranks
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
-    assert report.count(" passed") == 4, report
+    assert report.count(" passed") == RANKS, report
 
 
 def resume(directory):
@@ -72,7 +78,7 @@ def assert_is_state(directory, saved):
         assert torch.equal(found[name], tensor), name
 
 
-def test_one_process_resumes_what_four_have_saved(saved):
+def test_one_process_resumes_what_several_have_saved(saved):
     assert_is_state(saved / "state", saved)
 
 

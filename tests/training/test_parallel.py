@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.models.gpus import skip_without_gpus
 from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -28,7 +29,8 @@ def test_one_process_without_a_launcher():
     before = dict(os.environ)
     context = training.initialize_parallel()
     assert dict(os.environ) == before
-    assert context == ParallelContext.current() == ParallelContext.single()
+    assert context == ParallelContext.current()
+    assert context == ParallelContext.single(context.device)
     assert training.initialize_parallel() == context
     assert dist.get_world_size() == 1
     mesh = context.device_mesh()
@@ -46,7 +48,8 @@ def test_groups_can_be_made_again():
 
 def test_torch_distributed_of_the_caller_is_used():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert training.initialize_parallel() == ParallelContext.single()
+    context = training.initialize_parallel()
+    assert context == ParallelContext.single(context.device)
 
 
 def test_sizes_are_checked(monkeypatch):
@@ -75,6 +78,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
 
 
 def test_two_processes():
+    skip_without_gpus(2)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", "2", str(CHECKS)),

@@ -40,9 +40,11 @@ class ParallelContext:
         world_size: number of all processes; by default the product of the sizes.
         local_rank: rank on this host, which picks the device.
         device: the device of this rank; CPU by default.
-        tp_group: group for tensor-parallel collectives, None when tp_size is 1.
-        pp_group: group for pipeline transfers, None when pp_size is 1.
-        dp_group: group for data-parallel collectives, None when dp_size is 1.
+        tp_group: group for tensor-parallel collectives.
+        pp_group: group for pipeline transfers.
+        dp_group: group for data-parallel collectives. The groups of vLLM's are there
+            also where their size is 1, because for PyTorch no group means the world.
+            None in a world of one process, and where none was given.
         tp_reduction_shards: the number of partial products that a row-parallel
             output is the ordered sum of (RFC.md, numerics contract, e). It is tp_size
             by default; a trainer with a smaller tensor-parallel size reproduces the
@@ -136,6 +138,7 @@ class ParallelContext:
                 "in a model builder use the parallel_context that the builder "
                 "receives; without parallelism use ParallelContext.single()."
             )
+        world = upstream.get_world_group()
         axes: dict[str, Any] = {}
         for axis, group in (
             ("tp", upstream.get_tp_group()),
@@ -144,12 +147,11 @@ class ParallelContext:
         ):
             axes[f"{axis}_rank"] = group.rank_in_group
             axes[f"{axis}_size"] = group.world_size
-            axes[f"{axis}_group"] = group.device_group if group.world_size > 1 else None
+            axes[f"{axis}_group"] = group.device_group if world.world_size > 1 else None
         config = upstream.get_current_vllm_config_or_none()
         additional = {} if config is None else config.additional_config
         if isinstance(additional, dict) and "tp_reduction_shards" in additional:
             axes["tp_reduction_shards"] = additional["tp_reduction_shards"]
-        world = upstream.get_world_group()
         return cls(
             rank=world.rank,
             world_size=world.world_size,
@@ -175,7 +177,7 @@ class ParallelContext:
 
         For DTensor and FSDP2: `fully_shard(model, mesh=context.device_mesh()["dp"])`.
         All ranks call it together, once; it makes a group of one for each dim of
-        size 1.
+        size 1 that has none.
 
         Raises:
             RuntimeError: torch.distributed is not initialised, or a group is missing.
@@ -191,14 +193,12 @@ class ParallelContext:
         ranks = torch.arange(first, first + model_size)
         groups = []
         for axis in ("dp", "pp", "tp"):
-            if getattr(self, f"{axis}_size") > 1:
-                groups.append(self.group(axis))
-            else:
-                groups.append(
-                    torch.distributed.new_group(
-                        [self.rank], use_local_synchronization=True
-                    )
+            group = getattr(self, f"{axis}_group")
+            if group is None and getattr(self, f"{axis}_size") == 1:
+                group = torch.distributed.new_group(
+                    [self.rank], use_local_synchronization=True
                 )
+            groups.append(group or self.group(axis))
         return DeviceMesh.from_group(
             groups,
             self.device.type,
@@ -263,11 +263,6 @@ def _check_rank(rank_name: str, rank: int, size_name: str, size: int) -> None:
 def _check_group(axis: str, rank: int, size: int, group: ProcessGroup | None) -> None:
     if group is None:
         return
-    if size == 1:
-        raise ValueError(
-            f"{axis}_group was given although {axis}_size=1; a group of one process "
-            "is not used, so pass None."
-        )
     if (group.size(), group.rank()) != (size, rank):
         raise ValueError(
             f"{axis}_group has size {group.size()} and this process is rank "

@@ -148,6 +148,14 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
         if name == "TRITON_ATTN":
             shape = replace(shape, implementation="vllm_triton")
         elif device.type == "cuda" and shape.forward_on(device) != "fa3":
+            is_fa3 = torch.cuda.get_device_capability(device)[0] == 9
+            if name in ("", "FLASH_ATTN") and is_fa3 and shape.spec.window:
+                raise BatchInvarianceError(
+                    f"FlashAttention depends on the batch for {shape}: where a query "
+                    "begins to add up depends on where its request was cut. Start the "
+                    "engine with attention_backend='TRITON_ATTN', and build the "
+                    "trainer's attention with implementation='vllm_triton'."
+                )
             logger.warning(
                 "Not probed for batch invariance: %s: no trainer has the bits of this "
                 "backend for it; it may have those of attention_backend='TRITON_ATTN'.",

@@ -17,10 +17,7 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.training.ops.attention import table
-from vllm.model_executor.layers.training.ops.attention.vllm_triton import (
-    TILE,
-    block_table,
-)
+from vllm.model_executor.layers.training.ops.attention.pages import TILE, block_table_of
 
 CHECKS = Path(__file__).with_name("vllm_triton_attention_checks.py")
 
@@ -31,7 +28,7 @@ CHECKS = Path(__file__).with_name("vllm_triton_attention_checks.py")
 )
 def test_each_position_has_its_token(lengths, max_seqlen, device):
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-    pages = block_table(bounds, max_seqlen)
+    pages = block_table_of(bounds, max_seqlen)
     assert pages.dtype == torch.int32 and pages.device == bounds.device
     assert pages.stride(1) == 1
     token = 0
@@ -50,7 +47,6 @@ def test_each_position_has_its_token(lengths, max_seqlen, device):
         ({"dtype": torch.float32}, "takes torch.bfloat16, torch.float16"),
         ({"features": ("alibi_slopes",)}, "has no alibi_slopes"),
         ({"features": ("non_causal",)}, "has no non_causal"),
-        ({"features": ("sliding_window",)}, "takes a sliding_window only with sinks"),
         ({"head_size": 24}, "takes heads of at least 32"),
         ({"head_size": 288}, "takes heads of at most 256"),
         ({"head_size": 256, "capability": (10, 3)}, "takes no heads of 256 on sm10x"),
@@ -70,6 +66,7 @@ def test_what_it_cannot_compute_is_refused(change, reason, monkeypatch):
         {"head_size": 80},
         {"head_size": 256, "dtype": torch.float16},
         {"capability": (8, 0), "features": ("logits_soft_cap",)},
+        {"features": ("sliding_window",), "batch_invariant": True},
         {"features": ("sliding_window", "logits_soft_cap", "sinks")},
         {"batch_invariant": True, "deterministic": True},
     ],

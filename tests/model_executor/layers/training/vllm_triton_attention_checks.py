@@ -51,12 +51,13 @@ FEATURES = {
     "plain": {},
     "soft_cap": {"soft_cap": 5.0},
     "sinks": {"sinks": True},
+    "window": {"window": 30},
     "all": {"sinks": True, "window": 30, "soft_cap": 5.0},
 }
 RAGGED = [1, 5, 0, 63, 123]
 PAGE_SIZES = (16, 48, 64)
 if not IS_CUDA:
-    FEATURES = {name: FEATURES[name] for name in ("plain", "all")}
+    FEATURES = {name: FEATURES[name] for name in ("plain", "window", "all")}
     SHAPES, RAGGED, PAGE_SIZES = [(6, 2, 40)], [1, 0, 9, 70], (16, 48)
 
 
@@ -143,7 +144,9 @@ def decode(query, key, value, options, page_size):
         q_descale=None,
         k_descale=torch.ones(1, kv_heads, device=DEVICE),
         v_descale=torch.ones(1, kv_heads, device=DEVICE),
-        sinks=options.sinks,
+        sinks=vllm_triton.sinks_for(
+            options.window, options.sinks, query.shape[1], DEVICE
+        ),
     )
     return output[0]
 
@@ -177,6 +180,17 @@ def test_rows_are_those_of_decode_steps(qkv, options, assert_equal):
         for page_size in PAGE_SIZES:
             step = decode(*prefix, options, page_size)
             assert_equal(f"output {length - 1}", step, whole[length - 1])
+
+
+def test_a_window_that_hides_the_first_tile_of_a_block(qkv, options, assert_equal):
+    """From some of its queries, whose scores are all negative."""
+    query, key, value = (t[-RAGGED[-1] :].clone() for t in qkv)
+    query[..., 0], key[..., 0] = 8, -8
+    whole, _ = forward((query, key, value), RAGGED[-1:], options)
+    for length in range(60, RAGGED[-1] + 1):
+        prefix = [t[:length] for t in (query, key, value)]
+        step = decode(*prefix, options, PAGE_SIZES[0])
+        assert_equal(f"output {length - 1}", step, whole[length - 1])
 
 
 def test_rows_of_a_prefix_are_those_of_the_whole(qkv, options, assert_equal):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vllm import envs
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.attention_layout import (
     packed_view,
     sequence_bounds,
 )
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.ops.attention import vllm_triton
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import check_name
@@ -265,6 +267,8 @@ class TrainableAttention(TrainingLayer):
         # vLLM's attention has its own copy.
         self.alibi_slopes = None
         self._check_backend(engine, prefix)
+        if engine.attn_backend.get_name() == "TRITON_ATTN" and self.sinks is None:
+            self._add_sinks_of_the_mode(engine)
         self.engine = engine
         return self
 
@@ -277,6 +281,16 @@ class TrainableAttention(TrainingLayer):
         if self.sinks.dtype == torch.float16 and self.sinks.device.type == "cpu":
             self.sinks.data = self.sinks.data.float()
         return self.sinks
+
+    def _add_sinks_of_the_mode(self, engine: upstream.Attention) -> None:
+        """What vLLM's Triton kernel needs to be batch-invariant with a window."""
+        if not envs.VLLM_BATCH_INVARIANT:
+            return
+        device = torch.get_default_device()
+        sinks = vllm_triton.sinks_for(self.spec.window, None, self.num_heads, device)
+        # A buffer, which outlasts an engine's sleep.
+        self.register_buffer("sinks_of_the_mode", sinks, persistent=False)
+        setattr(engine.impl, "sinks", sinks)  # noqa: B010
 
     def _check_backend(self, engine: upstream.Attention, prefix: str) -> None:
         backend = engine.attn_backend

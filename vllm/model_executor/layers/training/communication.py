@@ -76,6 +76,13 @@ def reduce_scatter(x: torch.Tensor, group: ProcessGroup, dim: int) -> torch.Tens
     engine = engine_group(group)
     if engine is None:
         return start_reduce_scatter(x, group, dim)()
+    if x.is_cuda and engine.device_communicator.pynccl_comm.disabled:
+        # vLLM's would return what it found in memory.
+        raise RuntimeError(
+            "vLLM's reduce-scatter needs its own binding of NCCL, which found no "
+            "library in this process. Name one: VLLM_NCCL_SO_PATH=/.../libnccl.so.2, "
+            "and leave VLLM_DISABLE_PYNCCL unset."
+        )
     return engine.reduce_scatter(x.contiguous(), dim)
 
 

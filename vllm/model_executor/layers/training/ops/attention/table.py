@@ -161,17 +161,12 @@ def _cute_missing() -> str | None:
     return _flash_attention_missing(4)
 
 
-# Heads for which contiguous keys were not seen to give the bits of the engine's pages
-# (heads of 64 to 96 gave others, of 32 and of 104 to 256 the same: vLLM 0.32.0, H200).
-# Heads below 32 are probed when an engine starts, as all are.
-_FA3_OTHER_BITS = range(33, 97)
-
-
 def _limit_fa3(request: Request) -> str | None:
-    if request.batch_invariant and request.head_size in _FA3_OTHER_BITS:
+    # Its blocks of keys begin where the window of their first query begins, and which
+    # query that is depends on where the engine's step cut the request.
+    if request.batch_invariant and "sliding_window" in request.features:
         return (
-            "has not the bits of the engine with heads of "
-            f"{_FA3_OTHER_BITS[0]} to {_FA3_OTHER_BITS[-1]}; the Triton backend has: "
+            "depends on the batch with a sliding_window; the Triton backend does not: "
             "LLM(attention_backend='TRITON_ATTN'), implementation='vllm_triton'"
         )
     if "sinks" in request.features and request.dtype != torch.bfloat16:
@@ -209,10 +204,6 @@ def _limit_vllm_triton(request: Request) -> str | None:
     # There the engine's kernel visits more keys at a time in prefill than in decode.
     if request.head_size == 256 and request.capability[0] == 10:
         return "takes no heads of 256 on sm10x"
-    # A query that sees no key of the first tile that its block visits starts its
-    # maximum at 0, a sink apart, and what a block is depends on the engine's step.
-    if "sliding_window" in request.features and "sinks" not in request.features:
-        return "takes a sliding_window only with sinks"
     return _limit_triton(request)
 
 

@@ -7,7 +7,13 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training import batch_invariance
+from vllm.model_executor.layers.training.ops.attention.pages import block_table_of
 from vllm.model_executor.layers.training.ops.attention.spec import window_sides
+
+# Heads for which FlashAttention 3 visits other numbers of keys at a time if they are in
+# pages, as the engine's are; of other sizes it visits as many (vLLM 0.32.0, causal).
+PAGED_HEADS = range(65, 97)
 
 
 def forward(
@@ -27,17 +33,28 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashAttention's forward; version 3 is what the engine runs on Hopper GPUs.
 
-    One KV split: a row's bits do not depend on the batch, and contiguous keys give the
-    bits of paged ones. It has no ALiBi.
+    One KV split: a row's bits do not depend on the batch. In batch-invariant mode they
+    are those of the engine, whose keys are in pages of any size, but not with a window.
+    It has no ALiBi.
     """
+    keys = {"cu_seqlens_k": cu_seqlens}
+    max_query_len = max_seqlen
+    if version == 3 and batch_invariance.is_batch_invariant():
+        max_query_len = invariant_query_len(max_seqlen, query.shape[2])
+        if query.shape[2] in PAGED_HEADS:
+            key, value = key.unsqueeze(1), value.unsqueeze(1)
+            keys = {
+                "seqused_k": cu_seqlens.diff(),
+                "block_table": block_table_of(cu_seqlens, max_seqlen),
+            }
     output, lse = upstream.flash_attention().flash_attn_varlen_func(
         query,
         key,
         value,
-        max_seqlen_q=max_seqlen,
+        max_seqlen_q=max_query_len,
         cu_seqlens_q=cu_seqlens,
         max_seqlen_k=max_seqlen,
-        cu_seqlens_k=cu_seqlens,
+        **keys,
         softmax_scale=scale,
         causal=causal,
         window_size=_window_size(causal, window),
@@ -49,6 +66,16 @@ def forward(
         s_aux=None if sinks is None else sinks.to(query.dtype),
     )
     return output, lse
+
+
+def invariant_query_len(max_query_len: int, head_size: int) -> int:
+    """What to call the longest query, so that one kernel computes decode and prefill.
+
+    FlashAttention 3 takes another for queries of one token, and for heads of 64 another
+    for groups of heads that have at most 64 rows together; both visit other numbers of
+    keys at a time. (For heads of 128 the second visits as many.)
+    """
+    return max(max_query_len, 65 if head_size == 64 else 2)
 
 
 def _window_size(causal: bool, window: int) -> list[int]:
@@ -89,7 +116,7 @@ def decode_from_pages(
         query,
         key_pages,
         value_pages,
-        max_seqlen_q=2,
+        max_seqlen_q=invariant_query_len(1, query.shape[2]),
         cu_seqlens_q=torch.arange(
             len(query) + 1, dtype=torch.int32, device=query.device
         ),

@@ -7,12 +7,13 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.ops.attention.pages import block_table_of
 from vllm.model_executor.layers.training.ops.attention.triton_forward import (
     attention_forward_triton,
 )
 
-# How many keys the engine's kernel visits at a time.
-TILE = 32
+# A sink that weighs nothing beside any score.
+_NO_SINK = -1e30
 
 
 def forward(
@@ -32,9 +33,8 @@ def forward(
 
     Each sequence is a request whose whole prompt is computed in one step. Without
     buffers for partial results the kernel runs as in a batch-invariant engine: one
-    program visits all keys of a query, in the same tiles in any step. The page size
-    decides where keys are read, and no bit. The kernel does not return lse, which our
-    own forward computes.
+    program visits all keys of a query, in the same tiles in any step. It does not
+    return lse, which our own forward computes.
     """
     output = query.new_empty(query.shape)
     upstream.triton_attention()(
@@ -49,12 +49,12 @@ def forward(
         softmax_scale=scale,
         causal=causal,
         window_size=(window - 1, 0) if window else (-1, -1),
-        block_table=block_table(cu_seqlens, max_seqlen),
+        block_table=block_table_of(cu_seqlens, max_seqlen),
         softcap=soft_cap,
         q_descale=None,
         k_descale=None,
         v_descale=None,
-        sinks=sinks,
+        sinks=sinks_for(window, sinks, query.shape[1], query.device),
     )
     _, lse = attention_forward_triton(
         query,
@@ -72,18 +72,24 @@ def forward(
     return output, lse
 
 
-def block_table(cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-    """The page of each position: its token, as pages have one.
+def sinks_for(
+    window: int, sinks: torch.Tensor | None, num_heads: int, device: torch.device
+) -> torch.Tensor | None:
+    """What to give the kernel as sinks, so that a row does not depend on its block.
 
-    The kernel reads the entries of whole tiles. Those past a sequence's end lead
-    nowhere, and it does not follow them.
+    With a window the first keys that a block of queries visits may all be hidden from
+    some of its queries. Those would start their maximum at 0, and with a sink start it
+    there: one that weighs nothing makes them all alike.
 
     Args:
-        cu_seqlens: int32, shape = [num_seqs + 1]
+        window: keys that a query sees; 0: all.
+        sinks: those of the model, if it has any.
+        num_heads: of the query.
+        device: of the query.
 
     Returns:
-        int32, shape = [num_seqs, max_seqlen rounded up to whole tiles]
+        shape = [num_heads], or None.
     """
-    columns = -(-max_seqlen // TILE) * TILE
-    positions = torch.arange(columns, dtype=torch.int32, device=cu_seqlens.device)
-    return cu_seqlens[:-1].unsqueeze(1) + positions
+    if sinks is None and window:
+        return torch.full((num_heads,), _NO_SINK, device=device)
+    return sinks

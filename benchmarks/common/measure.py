@@ -65,6 +65,7 @@ def medians(
     *,
     seconds: float = 3.0,
     least: int = 3,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """The median time of each variant, in milliseconds.
 
@@ -77,6 +78,8 @@ def medians(
         device: where they run.
         seconds: about how long all of them together may take.
         least: rounds to run however long they take.
+        before: called before each call that is timed, such as a barrier of ranks;
+            ranks need `seconds` of 0, so that all run the same rounds.
     """
     clock = _cuda_time if device.type == "cuda" else _cpu_time
     for _ in range(2):
@@ -88,6 +91,7 @@ def medians(
         time.perf_counter() - begin < seconds
     ):
         for name, function in variants.items():
+            before()
             times[name].append(clock(function))
     return {name: statistics.median(values) for name, values in times.items()}
 

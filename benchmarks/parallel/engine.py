@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A tensor-parallel engine of the generic transformer against vLLM's own Llama.
+
+Both have the same shape and random weights, and serve the same requests in turns. On
+CUDA the shape is that of an 8B model in bf16, on CPU the demo's in fp32. Writes
+`tensor_parallel_engine.json`.
+
+    python benchmarks/parallel/engine.py [--tp-size 2] [--out build/bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
+import torch
+from environment import environment
+from measure import name_of
+from served import Load, Served, all_ready, answer_loads, rates_in_turns
+from transformers import LlamaConfig
+
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerConfig,
+    GenericTransformerForCausalLM,
+)
+from vllm.training.files import whole_file
+
+ON_CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+SIZES = (
+    dict(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    )
+    if ON_CUDA
+    else dict(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+)
+CONFIGS = {"ours": GenericTransformerConfig, "vLLM's": LlamaConfig}
+LOADS = (
+    [Load(1, 128, 256), Load(16, 256, 128), Load(256, 256, 128)]
+    if ON_CUDA
+    else [Load(1, 128, 64), Load(16, 128, 32)]
+)
+REPETITIONS = 7
+# Of one of two engines on each GPU.
+MEMORY = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
+TARGET = 0.98
+
+
+def serve(directory: str, tp_size: int) -> None:
+    """Answer loads with the model of a directory."""
+    from vllm import LLM, ModelRegistry
+
+    def build(config, parallel_context):
+        return GenericTransformerForCausalLM(config, parallel_context)
+
+    ModelRegistry.register_model("GenericTransformerForCausalLM", build)
+    llm = LLM(
+        directory,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=name_of(DTYPE),
+        max_model_len=2048,
+        enable_prefix_caching=False,
+        tensor_parallel_size=tp_size,
+        **(MEMORY if ON_CUDA else {}),
+    )
+    answer_loads(llm, SIZES["vocab_size"])
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.tp_size)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        engines = []
+        for name, config in CONFIGS.items():
+            directory = Path(folder) / name
+            architecture = (
+                {} if name == "ours" else {"architectures": ["LlamaForCausalLM"]}
+            )
+            config(**SIZES, **architecture).save_pretrained(directory)
+            arguments = ["--serve", str(directory), "--tp-size", str(args.tp_size)]
+            engines.append(Served(arguments))
+        with all_ready(engines):
+            for load in LOADS:
+                ours, vllms = rates_in_turns(engines, load, REPETITIONS)
+                rows.append(row(load, ours, vllms))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(torch.device("cuda" if ON_CUDA else "cpu")),
+        "sizes": SIZES,
+        "tp_size": args.tp_size,
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with whole_file(args.out / "tensor_parallel_engine.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def row(load: Load, ours: float, vllms: float) -> dict[str, object]:
+    """One measurement, in tokens per second."""
+    ratio = ours / vllms
+    verdict = "met" if ratio >= TARGET else "missed"
+    print(
+        f"{load}: vLLM's {vllms:.4g}, ours {ours:.4g} tokens/s, {ratio:.3f} of the "
+        f"speed (target {TARGET}, {verdict})",
+        flush=True,
+    )
+    return {"case": str(load), "ours": ours, "vllm": vllms, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()
