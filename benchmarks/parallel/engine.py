@@ -61,7 +61,7 @@ LOADS = (
     if ON_CUDA
     else [Load(1, 128, 64), Load(16, 128, 32)]
 )
-REPETITIONS = 7
+REPETITIONS = 5
 # Of one of two engines on each GPU.
 MEMORY = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
 TARGET = 0.98
@@ -83,6 +83,9 @@ def serve(directory: str, tp_size: int) -> None:
         max_model_len=2048,
         enable_prefix_caching=False,
         tensor_parallel_size=tp_size,
+        compilation_config={
+            "cudagraph_capture_sizes": [load.requests for load in LOADS]
+        },
         **(MEMORY if ON_CUDA else {}),
     )
     answer_loads(llm, SIZES["vocab_size"])

@@ -78,6 +78,7 @@ def test_the_default_is_the_first_that_can(asked, name, monkeypatch):
     for missing in ("_cute_missing", "_flash_attention_missing"):
         monkeypatch.setattr(table, missing, lambda *_: None)
     monkeypatch.setattr(table, "HAS_TRITON", True)
+    monkeypatch.setattr(table, "HAS_CPU_KERNELS", True)
     fields = {
         "device_type": "cuda",
         "capability": (0, 0) if "device_type" in asked else (9, 0),
