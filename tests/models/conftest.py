@@ -4,7 +4,7 @@
 
 import pytest
 
-from tests.models.gpus import skip_without_gpus
+from tests.models.gpus import MEMORY, skip_without_gpus
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def make_llm(clean_registry):
             "dtype": "float32",
             "max_model_len": 256,
             "enforce_eager": True,
+            **MEMORY,
         } | options
         skip_without_gpus(
             options.get("tensor_parallel_size", 1)

@@ -53,12 +53,14 @@ WORLD = int(os.environ["WORLD_SIZE"])
 needs_four = pytest.mark.skipif(WORLD < 4, reason="needs four ranks")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def groups():
-    """Makes groups of a tensor-parallel size, in place of the ones there are."""
+    """Makes groups of a tensor-parallel size, unless they are there already."""
 
     def make(tp_size):
-        training.destroy_parallel()
+        initialized = dist.is_initialized()
+        if initialized and ParallelContext.current().tp_size != tp_size:
+            training.destroy_parallel()
         return training.initialize_parallel(tp_size, timeout=TIMEOUT)
 
     yield make

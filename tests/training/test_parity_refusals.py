@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.models.gpus import MEMORY
 from vllm import training
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.models.generic_transformer import (
@@ -71,7 +72,7 @@ def engine(tmp_path_factory):
             max_logprobs=-1,
             disable_log_stats=True,
             skip_tokenizer_init=True,
-            gpu_memory_utilization=0.3,
+            **MEMORY,
         )
         yield llm
         llm.llm_engine.engine_core.shutdown()
@@ -251,6 +252,19 @@ def test_self_check_names_the_linear(monkeypatch):
         parity.self_check_shapes([shape], [], DEVICE)
     for text in ("[40, 32] and a bias", str(DTYPE), "7 rows", "VLLM_BATCH_INVARIANT"):
         assert text in str(error.value)
+
+
+def test_flash_attention_3_is_refused_with_a_window():
+    def shape(window):
+        spec = AttentionSpec(0.125, sliding_window=window)
+        return self_check.AttentionShape(8, 2, 64, torch.bfloat16, spec)
+
+    for backend in ("", "FLASH_ATTN"):
+        with pytest.raises(self_check.BatchInvarianceError, match="3 depends on the b"):
+            self_check.refuse_window(backend, 9, shape(33))
+    self_check.refuse_window("FLASH_ATTN", 9, shape(None))
+    self_check.refuse_window("FLASH_ATTN", 8, shape(33))
+    self_check.refuse_window("TRITON_ATTN", 9, shape(33))
 
 
 @pytest.mark.parametrize("sinks", [False, True])

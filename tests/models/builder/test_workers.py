@@ -19,7 +19,7 @@ from tests.models.builder.models import (
     greedy,
     save_generic,
 )
-from tests.models.gpus import skip_without_gpus
+from tests.models.gpus import MEMORY, skip_without_gpus
 from vllm import ModelRegistry
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
@@ -133,6 +133,7 @@ def served(tmp_path_factory, ray_cluster):
                 skip_tokenizer_init=True,
                 tensor_parallel_size=2,
                 distributed_executor_backend=backend,
+                **MEMORY,
             )
             try:
                 outcome = outcomes[backend] = Outcome(greedy(llm, PROMPTS))

@@ -147,25 +147,41 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
         name = "" if backend is None else backend.name
         if name == "TRITON_ATTN":
             shape = replace(shape, implementation="vllm_triton")
-        elif device.type == "cuda" and shape.forward_on(device) != "fa3":
-            is_fa3 = torch.cuda.get_device_capability(device)[0] == 9
-            if name in ("", "FLASH_ATTN") and is_fa3 and shape.spec.window:
-                raise BatchInvarianceError(
-                    f"FlashAttention depends on the batch for {shape}: where a query "
-                    "begins to add up depends on where its request was cut. Start the "
-                    "engine with attention_backend='TRITON_ATTN', and build the "
-                    "trainer's attention with implementation='vllm_triton'."
+        elif device.type == "cuda":
+            major, _ = torch.cuda.get_device_capability(device)
+            refuse_window(name, major, shape)
+            if shape.forward_on(device) != "fa3":
+                logger.warning(
+                    "Not probed for batch invariance: %s: no trainer has the bits of "
+                    "this backend for it; it may have those of "
+                    "attention_backend='TRITON_ATTN'.",
+                    shape,
                 )
-            logger.warning(
-                "Not probed for batch invariance: %s: no trainer has the bits of this "
-                "backend for it; it may have those of attention_backend='TRITON_ATTN'.",
-                shape,
-            )
-            continue
+                continue
         try:
             self_check_shapes((), [shape], device)
         except ValueError as error:
             logger.warning("Not probed for batch invariance: %s: %s", shape, error)
+
+
+def refuse_window(backend: str, capability: int, shape: AttentionShape) -> None:
+    """Refuse FlashAttention 3 with a window, without a probe, which may not show it.
+
+    Args:
+        backend: the engine's, as it was asked for; empty: vLLM's default.
+        capability: the GPU's major compute capability.
+        shape: of the attention.
+
+    Raises:
+        BatchInvarianceError: it is that.
+    """
+    if backend in ("", "FLASH_ATTN") and capability == 9 and shape.spec.window:
+        raise BatchInvarianceError(
+            f"FlashAttention 3 depends on the batch for {shape}: where the keys of a "
+            "query begin to be added up depends on where its request was cut. Start "
+            "the engine with attention_backend='TRITON_ATTN', and build the trainer's "
+            "attention with implementation='vllm_triton'."
+        )
 
 
 def self_check_shapes(

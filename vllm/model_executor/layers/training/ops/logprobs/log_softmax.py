@@ -52,7 +52,7 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     if temperature == 1.0 or not uses_samplers_kernels(logits):
         return reference.tempered(logits, temperature)
-    divided = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    divided = _aligned_copy(logits, torch.float32)
     requests = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
     divisor = torch.full((1,), temperature, device=logits.device)
     upstream.gpu_sampler().apply_temperature(divided, requests, divisor)
@@ -84,7 +84,7 @@ def logprobs_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         fp32, shape = [num_tokens, n].
     """
-    logits = _as_the_engine_holds(logits)
+    logits = aligned_rows(logits)
     return upstream.gpu_sampler().compute_token_logprobs(logits, tokens)
 
 
@@ -93,17 +93,27 @@ def uses_samplers_kernels(logits: torch.Tensor) -> bool:
     return is_batch_invariant() and logits.device.type == "cuda" and has_kernel(logits)
 
 
-def _as_the_engine_holds(logits: torch.Tensor) -> torch.Tensor:
-    """With rows that begin at multiples of 16 elements, if the head made them.
+def aligned_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of which each row begins at a multiple of 16 elements.
 
-    The engine pads a vocabulary, and the compiler of the kernel divides a row among
-    threads by the alignment. Logits in fp32 come from a division, which leaves out the
-    padding.
+    The compiler of the sampler's kernels divides a row among threads by what it knows
+    of the rows' alignment, and so sums it up in another order. The head's logits have
+    it, whose vocabulary is padded; the engine aligns those that it has processed.
+
+    Args:
+        logits: shape = [num_tokens, vocab_size]
+
+    Returns:
+        The logits, or a copy.
     """
-    vocab_size = logits.shape[1]
-    if logits.dtype == torch.float32 or logits.stride(0) % 16 == 0:
-        return logits
-    padded = logits.new_empty(len(logits), upstream.pad_vocab_size(vocab_size))
+    return logits if logits.stride(0) % 16 == 0 else _aligned_copy(logits, logits.dtype)
+
+
+def _aligned_copy(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    num_tokens, vocab_size = logits.shape
+    padded = logits.new_empty(
+        num_tokens, upstream.pad_vocab_size(vocab_size), dtype=dtype
+    )
     return padded[:, :vocab_size].copy_(logits)
 
 
