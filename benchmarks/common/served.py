@@ -8,13 +8,14 @@ calls `answer_loads` there.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,20 +65,85 @@ def answer_loads(llm: LLM, vocab_size: int) -> None:
         print(_ANSWER, load.requests * load.new / seconds, flush=True)
 
 
-class Served:
-    """An engine in a process that runs this benchmark's file with other arguments.
+class Command(NamedTuple):
+    """What starts an engine.
 
-    Args:
-        arguments: of the file.
-        environment: variables of the process, besides those of this one.
+    Attributes:
+        arguments: of this benchmark's file.
+        environment: names and values of variables, besides those of this process.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
-    ) -> None:
-        variables = {"VLLM_LOGGING_LEVEL": "WARNING"} | dict(environment or {})
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def compare(
+    engines: Sequence[Command],
+    loads: Sequence[Load],
+    repetitions: int,
+    at_once: bool,
+) -> list[list[float]]:
+    """Tokens per second of each engine for each load.
+
+    The engines are started twice, in either order, because a process keeps the place on
+    the machine that it was given and the machine's speed changes; a rate is the
+    geometric mean of the two medians. The first two runs of a load are not counted.
+
+    Args:
+        engines: to compare.
+        loads: for each.
+        repetitions: of a load in each of the two rounds.
+        at_once: all engines run and take turns; else one runs at a time, for machines
+            with so few cores that an idle engine, which polls, is in the way.
+
+    Returns:
+        For each engine its rates in the order of loads.
+    """
+    rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
+    for order in (1, -1):
+        ordered = engines[::order]
+        for group in [ordered] if at_once else [[engine] for engine in ordered]:
+            with _started(group) as started:
+                medians = [_medians(started, load, repetitions) for load in loads]
+            for engine, of_loads in zip(group, zip(*medians)):
+                rates[engine].append(of_loads)
+    return [
+        [math.sqrt(math.prod(medians)) for medians in zip(*rates[engine])]
+        for engine in engines
+    ]
+
+
+def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[float]:
+    for engine in [*engines] * 2:
+        engine.rate(load)
+    rates = [[engine.rate(load) for engine in engines] for _ in range(repetitions)]
+    medians = [statistics.median(of_one) for of_one in zip(*rates)]
+    print(
+        f"{load}: {', '.join(f'{rate:.4g}' for rate in medians)} tokens/s", flush=True
+    )
+    return medians
+
+
+@contextmanager
+def _started(commands: Sequence[Command]) -> Iterator[list[Served]]:
+    """Engines that are ready; they end whatever happens."""
+    engines = [Served(command) for command in commands]
+    try:
+        for engine in engines:
+            engine.wait_until_ready()
+        yield engines
+    finally:
+        for engine in engines:
+            engine.end()
+
+
+class Served:
+    """An engine in a process of its own, which begins to start."""
+
+    def __init__(self, command: Command) -> None:
+        variables = {"VLLM_LOGGING_LEVEL": "WARNING", **dict(command.environment)}
         self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], *arguments],
+            [sys.executable, sys.argv[0], *command.arguments],
             env=os.environ | variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -106,28 +172,4 @@ class Served:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-
-
-@contextmanager
-def all_ready(engines: Sequence[Served]) -> Iterator[None]:
-    """The engines, which start at the same time; they end whatever happens."""
-    try:
-        for engine in engines:
-            engine.wait_until_ready()
-        yield
-    finally:
-        for engine in engines:
-            engine.end()
-
-
-def rates_in_turns(
-    engines: Sequence[Served], load: Load, repetitions: int
-) -> list[float]:
-    """The median of each engine's tokens per second; two runs of each are not counted.
-
-    The engines take turns, so that what else the machine does falls on all alike.
-    """
-    for engine in [*engines] * 2:
-        engine.rate(load)
-    rates = [[engine.rate(load) for engine in engines] for _ in range(repetitions)]
-    return list(map(statistics.median, zip(*rates)))
+            self.process.wait()

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A tensor-parallel engine of the generic transformer against vLLM's own Llama.
 
-Both have the same shape and random weights, and serve the same requests in turns. On
+Both have the same shape and random weights, and serve the same requests. On
 CUDA the shape is that of an 8B model in bf16, on CPU the demo's in fp32. Writes
 `tensor_parallel_engine.json`.
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 import torch
 from environment import environment
 from measure import name_of
-from served import Load, Served, all_ready, answer_loads, rates_in_turns
+from served import Command, Load, answer_loads, compare
 from transformers import LlamaConfig
 
 from vllm.model_executor.models.generic_transformer import (
@@ -61,7 +61,7 @@ LOADS = (
     if ON_CUDA
     else [Load(1, 128, 64), Load(16, 128, 32)]
 )
-REPETITIONS = 5
+REPETITIONS = 4
 # Of one of two engines on each GPU.
 MEMORY = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
 TARGET = 0.98
@@ -101,7 +101,6 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.tp_size)
         return
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         engines = []
         for name, config in CONFIGS.items():
@@ -110,12 +109,10 @@ def main() -> None:
                 {} if name == "ours" else {"architectures": ["LlamaForCausalLM"]}
             )
             config(**SIZES, **architecture).save_pretrained(directory)
-            arguments = ["--serve", str(directory), "--tp-size", str(args.tp_size)]
-            engines.append(Served(arguments))
-        with all_ready(engines):
-            for load in LOADS:
-                ours, vllms = rates_in_turns(engines, load, REPETITIONS)
-                rows.append(row(load, ours, vllms))
+            arguments = ("--serve", str(directory), "--tp-size", str(args.tp_size))
+            engines.append(Command(arguments))
+        rates = compare(engines, LOADS, REPETITIONS, at_once=ON_CUDA)
+    rows = [row(*of_load) for of_load in zip(LOADS, *rates)]
     record = {
         "date": datetime.date.today().isoformat(),
         "environment": environment(torch.device("cuda" if ON_CUDA else "cpu")),

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What batch-invariant mode costs: engine and trainer with it and without.
 
-Two engines, each in a process of its own that started with or without
-VLLM_BATCH_INVARIANT, serve the same requests in turns; the trainer runs forward and
+Engines, each in a process of its own that started with or without
+VLLM_BATCH_INVARIANT, serve the same requests; the trainer runs forward and
 backward of the same batch in turns in one process. On CUDA the model has 1.7 B
 parameters and bf16, on CPU it is the demo's in fp32.
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 import torch
 from environment import environment
 from measure import medians
-from served import Load, Served, all_ready, answer_loads, rates_in_turns
+from served import Command, Load, answer_loads, compare
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -72,7 +72,7 @@ TARGETS = (
 # Of one of two engines on one GPU.
 MEMORY = {"kv_cache_memory_bytes": 18 << 30, "gpu_memory_utilization": 0.4}
 # Of each load in each mode.
-REPETITIONS = 9
+REPETITIONS = 5
 # Sequences and tokens of each.
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
 
@@ -103,16 +103,13 @@ def engine() -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as directory:
         CONFIG.save_pretrained(directory)
         engines = [
-            Served(["--serve", directory], {"VLLM_BATCH_INVARIANT": mode})
+            Command(("--serve", directory), (("VLLM_BATCH_INVARIANT", mode),))
             for mode in ("0", "1")
         ]
-        with all_ready(engines):
-            for load in LOADS:
-                normal, invariant = rates_in_turns(engines, load, REPETITIONS)
-                ratio = invariant / normal
-                rows.append(
-                    row(f"engine, {load}", "tokens/s", normal, invariant, ratio)
-                )
+        rates = compare(engines, LOADS, REPETITIONS, at_once=ON_CUDA)
+    for load, normal, invariant in zip(LOADS, *rates):
+        ratio = invariant / normal
+        rows.append(row(f"engine, {load}", "tokens/s", normal, invariant, ratio))
     return rows
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.layers.training.logprobs import full_logprobs
 from vllm.model_executor.layers.training.ops.logprobs import logits_gradient, op
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import aligned_rows
 
 VOCAB, HIDDEN = 97, 32
 
@@ -131,6 +132,20 @@ def test_nothing_is_kept_without_gradients(device, assert_equal, monkeypatch):
     head.requires_grad_(False)
     token_logprobs(hidden.detach(), head, targets)
     assert flags == [False] * 3
+
+
+def test_rows_are_aligned_for_the_samplers_kernels(device, assert_equal):
+    """A single row too: its stride is what the compiler of the kernels looks at."""
+    padded = torch.randn(3, 128, device=device)
+    for logits in (padded[:, :VOCAB], padded[:1, :VOCAB], padded[:, :96]):
+        assert aligned_rows(logits) is logits
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (0, 1, 3):
+            logits = padded[:count, :VOCAB].to(dtype).contiguous().view(count, VOCAB)
+            logits = logits.as_strided(logits.shape, (VOCAB, 1))
+            aligned = aligned_rows(logits)
+            assert aligned.stride(0) % 16 == 0
+            assert_equal("logits", aligned, logits)
 
 
 def test_second_derivatives_are_refused(device):
