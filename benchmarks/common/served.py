@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 # What a serving process begins its answers with.
 _ANSWER = "ANSWER"
@@ -47,22 +47,27 @@ class Load(NamedTuple):
 
 def answer_loads(llm: LLM, vocab_size: int) -> None:
     """For each load on stdin, print how many tokens per second it got."""
-    from vllm import SamplingParams
-
     print(_ANSWER, "ready", flush=True)
     for line in sys.stdin:
         load = Load(*map(int, line.split()))
-        generator = torch.Generator().manual_seed(0)
-        size = (load.requests, load.prompt)
-        ids = torch.randint(vocab_size, size, generator=generator)
-        prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
-        sampling = SamplingParams(
-            max_tokens=load.new, ignore_eos=True, detokenize=False, logprobs=0
-        )
+        prompts, sampling = request(load, vocab_size)
         begin = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - begin
         print(_ANSWER, load.requests * load.new / seconds, flush=True)
+
+
+def request(load: Load, vocab_size: int) -> tuple[list[dict], SamplingParams]:
+    """Prompts of a load, and how to sample."""
+    from vllm import SamplingParams
+
+    generator = torch.Generator().manual_seed(0)
+    size = (load.requests, load.prompt)
+    ids = torch.randint(vocab_size, size, generator=generator)
+    sampling = SamplingParams(
+        max_tokens=load.new, ignore_eos=True, detokenize=False, logprobs=0
+    )
+    return [{"prompt_token_ids": row} for row in ids.tolist()], sampling
 
 
 class Command(NamedTuple):

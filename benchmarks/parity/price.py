@@ -19,12 +19,13 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
 from environment import environment
-from measure import medians
+from measure import medians, name_of
 from served import Command, Load, answer_loads, compare
 
 from vllm.model_executor.models.generic_transformer import (
@@ -32,6 +33,9 @@ from vllm.model_executor.models.generic_transformer import (
     GenericTransformerForCausalLM,
 )
 from vllm.training.files import whole_file
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
@@ -77,24 +81,23 @@ REPETITIONS = 5
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
 
 
-def serve(directory: str) -> None:
-    """Answer loads with the engine of this process's mode."""
+def make_engine(directory: str) -> LLM:
+    """An engine of this process's mode, of the config in a directory."""
     from vllm import LLM, ModelRegistry
 
     def build(config, parallel_context):
         return GenericTransformerForCausalLM(config, parallel_context)
 
     ModelRegistry.register_model("GenericTransformerForCausalLM", build)
-    llm = LLM(
+    return LLM(
         directory,
         load_format="dummy",
         skip_tokenizer_init=True,
-        dtype=str(DTYPE).removeprefix("torch."),
+        dtype=name_of(DTYPE),
         max_model_len=2048,
         enable_prefix_caching=False,
         **(MEMORY if ON_CUDA else {}),
     )
-    answer_loads(llm, CONFIG.vocab_size)
 
 
 def engine() -> list[dict[str, object]]:
@@ -174,7 +177,7 @@ def main() -> None:
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve)
+        answer_loads(make_engine(args.serve), CONFIG.vocab_size)
         return
     measures = {"engine": engine, "trainer": trainer}
     rows = [row for name in args.only for row in measures[name]()]

@@ -55,9 +55,7 @@ if TYPE_CHECKING:
 class GenericTransformerMLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(
-        self, config: GenericTransformerConfig, context: ParallelContext
-    ) -> None:
+    def __init__(self, config: GenericTransformerConfig, **sharding: Any) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         assert inner is not None, "set by the config itself"
@@ -66,12 +64,10 @@ class GenericTransformerMLP(nn.Module):
             [inner, inner],
             bias=False,
             part_names=("gate_proj", "up_proj"),
-            parallel_context=context,
+            **sharding,
         )
         self.act_fn = SiluAndMul()
-        self.down_proj = RowParallelLinear(
-            inner, hidden, bias=False, parallel_context=context
-        )
+        self.down_proj = RowParallelLinear(inner, hidden, bias=False, **sharding)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
@@ -81,24 +77,21 @@ class GenericTransformerBlock(nn.Module):
     """Attention and MLP, each on a normed copy of the residual stream."""
 
     def __init__(
-        self,
-        config: GenericTransformerConfig,
-        rotary: RotaryEmbedding,
-        context: ParallelContext,
+        self, config: GenericTransformerConfig, rotary: RotaryEmbedding, **sharding: Any
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(hidden, eps)
+        self.input_layernorm = RMSNorm(hidden, eps, **sharding)
         self.self_attn = VLLMFlashAttention(
             hidden,
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim=config.head_dim,
             rotary=rotary,
-            parallel_context=context,
+            **sharding,
         )
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.mlp = GenericTransformerMLP(config, context)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, **sharding)
+        self.mlp = GenericTransformerMLP(config, **sharding)
 
     def forward(
         self,
@@ -122,14 +115,18 @@ class GenericTransformer(nn.Module):
     """
 
     def __init__(
-        self, config: GenericTransformerConfig, context: ParallelContext
+        self,
+        config: GenericTransformerConfig,
+        context: ParallelContext,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
+        sharding = {"parallel_context": context, "sequence_parallel": sequence_parallel}
         self.embed_tokens = None
         head_needs_it = config.tie_word_embeddings and context.is_last_stage
         if context.is_first_stage or head_needs_it:
             self.embed_tokens = VocabParallelEmbedding(
-                config.vocab_size, config.hidden_size, parallel_context=context
+                config.vocab_size, config.hidden_size, **sharding
             )
         assert config.head_dim is not None, "set by the config itself"
         rotary = RotaryEmbedding(
@@ -140,12 +137,12 @@ class GenericTransformer(nn.Module):
         )
         self.layers = PipelineLayers(
             config.num_hidden_layers,
-            lambda _: GenericTransformerBlock(config, rotary, context),
+            lambda _: GenericTransformerBlock(config, rotary, **sharding),
             context,
         )
         self.norm = None
         if context.is_last_stage:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **sharding)
 
     def forward(
         self,
@@ -155,10 +152,10 @@ class GenericTransformer(nn.Module):
         max_seqlen: int | None = None,
         hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states, shape = [..., hidden_size].
+        """Hidden states, shape = [..., hidden_size]; sequence-parallel this rank's.
 
         Arguments as in `GenericTransformerForCausalLM.forward`; `hidden_states`,
-        shape = [..., hidden_size], takes the place of the embedded `input_ids`.
+        shaped like the result, takes the place of the embedded `input_ids`.
         """
         if positions is None:
             assert input_ids is not None, "without them positions has to be given"
@@ -195,6 +192,9 @@ class GenericTransformerForCausalLM(nn.Module):
             `GenericTransformerConfig.of`.
         parallel_context: The shard to build. Default: this process's, or the
             whole model.
+        sequence_parallel: Outside attention and MLP each tensor-parallel rank has its
+            slice of the tokens, whose number the ranks have to divide. In an engine
+            every rank has all.
 
     To serve it, register its builder:
     `ModelRegistry.register_model(arch, GenericTransformerForCausalLM.build)`.
@@ -204,16 +204,21 @@ class GenericTransformerForCausalLM(nn.Module):
         self,
         config: PreTrainedConfig,
         parallel_context: ParallelContext | None = None,
+        *,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         config = GenericTransformerConfig.of(config)
         context = parallel_context or ParallelContext.current_or_single()
         self.config = config
-        self.model = GenericTransformer(config, context)
+        self.model = GenericTransformer(config, context, sequence_parallel)
         self.lm_head = None
         if context.is_last_stage:
             self.lm_head = ParallelLMHead(
-                config.vocab_size, config.hidden_size, parallel_context=context
+                config.vocab_size,
+                config.hidden_size,
+                parallel_context=context,
+                sequence_parallel=sequence_parallel,
             )
         self.reset_parameters()
         if config.tie_word_embeddings and self.lm_head is not None:
@@ -288,6 +293,8 @@ class GenericTransformerForCausalLM(nn.Module):
         cls,
         directory: str | os.PathLike,
         parallel_context: ParallelContext | None = None,
+        *,
+        sequence_parallel: bool = False,
     ) -> "GenericTransformerForCausalLM":
         """Read what `save_pretrained` wrote, in the dtype it was written in.
 
@@ -300,7 +307,7 @@ class GenericTransformerForCausalLM(nn.Module):
             raise FileNotFoundError(f"{directory} holds no config.json.")
         config = GenericTransformerConfig.from_pretrained(directory)
         with skip_init():
-            model = cls(config, parallel_context)
+            model = cls(config, parallel_context, sequence_parallel=sequence_parallel)
         if config.dtype is not None:
             model = model.to(config.dtype)
         load_checkpoint(model, directory)

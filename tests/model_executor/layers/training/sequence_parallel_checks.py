@@ -34,6 +34,10 @@ from vllm.model_executor.layers.training import (
     token_logprobs,
 )
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerConfig,
+    GenericTransformerForCausalLM,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import batch_invariant
 
@@ -120,6 +124,42 @@ def test_batches_are_cut_along_their_sequences(context, assert_as_accurate):
         ]
         if name == "hidden":
             expected = [slice_of(each, context, 1) for each in expected]
+        assert_as_accurate(name, tensor, *expected)
+
+
+def test_the_generic_transformer(context, assert_as_accurate):
+    """Its log-probabilities, and the gradient of each parameter."""
+    config = GenericTransformerConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    generator = torch.Generator().manual_seed(9)
+    with torch.device("cpu"):
+        ids = torch.randint(VOCAB, (2, 9), generator=generator).to(context.device)
+
+    def run(context, sequence_parallel, dtype):
+        torch.manual_seed(10)
+        model = GenericTransformerForCausalLM(
+            config, context, sequence_parallel=sequence_parallel
+        ).to(dtype)
+        hidden = model.model(ids[:, :-1])
+        logprobs = token_logprobs(hidden, model.lm_head, ids[:, 1:])
+        logprobs.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        return hidden, {"logprobs": logprobs} | gradients, shardings_of(model)
+
+    hidden, actual, shardings = run(context, True, torch.float32)
+    assert hidden.shape == (2, 8 // context.tp_size, HIDDEN)
+    single = ParallelContext.single()
+    _, plain, _ = run(single, False, torch.float32)
+    _, exact, _ = run(single, False, torch.float64)
+    for name, tensor in actual.items():
+        expected = [
+            local(each[name], shardings.get(name), context) for each in (plain, exact)
+        ]
         assert_as_accurate(name, tensor, *expected)
 
 
