@@ -121,7 +121,10 @@ class GenericTransformer(nn.Module):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
-        sharding = {"parallel_context": context, "sequence_parallel": sequence_parallel}
+        sharding: dict[str, Any] = {
+            "parallel_context": context,
+            "sequence_parallel": sequence_parallel,
+        }
         self.embed_tokens = None
         head_needs_it = config.tie_word_embeddings and context.is_last_stage
         if context.is_first_stage or head_needs_it:
