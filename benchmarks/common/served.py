@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
 # What a serving process begins its answers with.
 _ANSWER = "ANSWER"
@@ -50,15 +50,12 @@ def answer_loads(llm: LLM, vocab_size: int) -> None:
     print(_ANSWER, "ready", flush=True)
     for line in sys.stdin:
         load = Load(*map(int, line.split()))
-        prompts, sampling = request(load, vocab_size)
-        begin = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        print(_ANSWER, load.requests * load.new / seconds, flush=True)
+        rate = load.requests * load.new / seconds_of(llm, load, vocab_size)
+        print(_ANSWER, rate, flush=True)
 
 
-def request(load: Load, vocab_size: int) -> tuple[list[dict], SamplingParams]:
-    """Prompts of a load, and how to sample."""
+def seconds_of(llm: LLM, load: Load, vocab_size: int) -> float:
+    """How long the engine takes for a load."""
     from vllm import SamplingParams
 
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +64,10 @@ def request(load: Load, vocab_size: int) -> tuple[list[dict], SamplingParams]:
     sampling = SamplingParams(
         max_tokens=load.new, ignore_eos=True, detokenize=False, logprobs=0
     )
-    return [{"prompt_token_ids": row} for row in ids.tolist()], sampling
+    prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+    begin = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - begin
 
 
 class Command(NamedTuple):

@@ -3,7 +3,7 @@
 """A tensor-parallel engine of the generic transformer against vLLM's own Llama.
 
 Both have the same shape and random weights, and serve the same requests. On
-CUDA the shape is that of an 8B model in bf16, on CPU the demo's in fp32. Writes
+CUDA the shape is that of an 8B model in bf16, on CPU about the demo's in fp32. Writes
 `tensor_parallel_engine.json`.
 
     python benchmarks/parallel/engine.py [--tp-size 2] [--out build/bench]
@@ -12,8 +12,6 @@ CUDA the shape is that of an 8B model in bf16, on CPU the demo's in fp32. Writes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -21,39 +19,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
-from environment import environment
-from measure import name_of
+from generic_model import DEMO, WIDTH_OF_8B, make_engine
+from record import write_record
 from served import Command, Load, answer_loads, compare
 from transformers import LlamaConfig
 
-from vllm.model_executor.models.generic_transformer import (
-    GenericTransformerConfig,
-    GenericTransformerForCausalLM,
-)
-from vllm.training.files import whole_file
+from vllm.model_executor.models.generic_transformer import GenericTransformerConfig
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 SIZES = (
-    dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-    )
+    WIDTH_OF_8B | dict(vocab_size=128256, num_hidden_layers=32)
     if ON_CUDA
-    else dict(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-    )
+    else DEMO | dict(intermediate_size=768, max_position_embeddings=4096)
 )
 CONFIGS = {"ours": GenericTransformerConfig, "vLLM's": LlamaConfig}
 LOADS = (
@@ -63,30 +41,23 @@ LOADS = (
 )
 REPETITIONS = 4
 # Of one of two engines on each GPU.
-MEMORY = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
+MEMORY = (
+    {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
+    if ON_CUDA
+    else {}
+)
 TARGET = 0.98
 
 
 def serve(directory: str, tp_size: int) -> None:
     """Answer loads with the model of a directory."""
-    from vllm import LLM, ModelRegistry
-
-    def build(config, parallel_context):
-        return GenericTransformerForCausalLM(config, parallel_context)
-
-    ModelRegistry.register_model("GenericTransformerForCausalLM", build)
-    llm = LLM(
+    sizes = [load.requests for load in LOADS]
+    llm = make_engine(
         directory,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype=name_of(DTYPE),
-        max_model_len=2048,
-        enable_prefix_caching=False,
+        DTYPE,
         tensor_parallel_size=tp_size,
-        compilation_config={
-            "cudagraph_capture_sizes": [load.requests for load in LOADS]
-        },
-        **(MEMORY if ON_CUDA else {}),
+        compilation_config={"cudagraph_capture_sizes": sizes},
+        **MEMORY,
     )
     answer_loads(llm, SIZES["vocab_size"])
 
@@ -113,16 +84,13 @@ def main() -> None:
             engines.append(Command(arguments))
         rates = compare(engines, LOADS, REPETITIONS, at_once=ON_CUDA)
     rows = [row(*of_load) for of_load in zip(LOADS, *rates)]
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(torch.device("cuda" if ON_CUDA else "cpu")),
-        "sizes": SIZES,
-        "tp_size": args.tp_size,
-        "rows": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out / "tensor_parallel_engine.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(
+        args.out / "tensor_parallel_engine.json",
+        torch.device("cuda" if ON_CUDA else "cpu"),
+        sizes=SIZES,
+        tp_size=args.tp_size,
+        rows=rows,
+    )
 
 
 def row(load: Load, ours: float, vllms: float) -> dict[str, object]:

@@ -11,8 +11,6 @@ For the one rank's step each process trains a whole model of its own. Writes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,41 +20,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
 import torch.distributed as dist
-from environment import environment
+from generic_model import DEMO, WIDTH_OF_8B, count_parameters, loss_of, optimizer_step
 from measure import medians, name_of
+from record import write_record
 
 from vllm import training
-from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.files import whole_file
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 # On CUDA eight layers of the width of an 8B model; on CPU the demo's.
 CONFIG = GenericTransformerConfig(
     **(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=8,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=4096,
-        )
+        WIDTH_OF_8B | dict(vocab_size=32000, num_hidden_layers=8)
         if ON_CUDA
-        else dict(
-            vocab_size=4096,
-            hidden_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-        )
+        else DEMO | dict(max_position_embeddings=256)
     )
 )
 # Sequences and tokens of each.
@@ -71,18 +53,9 @@ def step(context: ParallelContext) -> Callable[[], None]:
     torch.manual_seed(0)
     with context.device:
         model = GenericTransformerForCausalLM(CONFIG, context).to(DTYPE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch, seq = BATCH
     ids = torch.randint(CONFIG.vocab_size, (batch, seq + 1)).to(context.device)
-
-    def once() -> None:
-        hidden = model.model(ids[:, :-1])
-        loss = -token_logprobs(hidden, model.lm_head, ids[:, 1:]).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return once
+    return optimizer_step(model, lambda: loss_of(model, ids))
 
 
 def main() -> None:
@@ -90,9 +63,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
-    with torch.device("meta"):
-        model = GenericTransformerForCausalLM(CONFIG)
-    parameters = sum(p.numel() for p in model.parameters())
     context = training.initialize_parallel(int(os.environ["WORLD_SIZE"]))
     one = ParallelContext.single(context.device)
     steps = {"one": step(one), "all": step(context)}
@@ -100,13 +70,12 @@ def main() -> None:
         steps, context.device, seconds=0.0, least=ROUNDS, before=dist.barrier
     )
     if context.rank == 0:
-        report(parameters, context, times, args.out)
+        report(context, times, args.out)
     training.destroy_parallel()
 
 
-def report(
-    parameters: int, context: ParallelContext, times: dict[str, float], out: Path
-) -> None:
+def report(context: ParallelContext, times: dict[str, float], out: Path) -> None:
+    parameters = count_parameters(CONFIG)
     ratio = times["one"] / times["all"]
     batch, seq = BATCH
     print(
@@ -115,19 +84,16 @@ def report(
         f"{times['all']:.1f} ms, {ratio:.2f} times as fast (target for two GPUs "
         f"{TARGET})"
     )
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(context.device),
-        "parameters": parameters,
-        "tokens": batch * seq,
-        "tp_size": context.tp_size,
-        "ms": times,
-        "ratio": ratio,
-        "target": TARGET,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "tensor_parallel_step.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(
+        out / "tensor_parallel_step.json",
+        context.device,
+        parameters=parameters,
+        tokens=batch * seq,
+        tp_size=context.tp_size,
+        ms=times,
+        ratio=ratio,
+        target=TARGET,
+    )
 
 
 if __name__ == "__main__":

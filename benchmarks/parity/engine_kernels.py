@@ -15,15 +15,15 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 # The profiler sees this process only.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from price import CONFIG, ON_CUDA, make_engine
-from served import Load, request
+from generic_model import make_engine
+from price import CONFIG, DTYPE, MEMORY, ON_CUDA
+from served import Load, seconds_of
 from torch.profiler import ProfilerActivity, profile
 
 ACTIVITY = ProfilerActivity.CUDA if ON_CUDA else ProfilerActivity.CPU
@@ -40,16 +40,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         CONFIG.save_pretrained(directory)
-        llm = make_engine(directory)
+        llm = make_engine(directory, DTYPE, **MEMORY)
     for requests in args.requests:
         whole = Load(requests, args.prompt, args.new)
         prefill = whole._replace(new=1)
 
         def seconds(load: Load) -> float:
-            prompts, sampling = request(load, CONFIG.vocab_size)
-            begin = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
-            return time.perf_counter() - begin
+            return seconds_of(llm, load, CONFIG.vocab_size)
 
         for load in (whole, whole, prefill):
             seconds(load)

@@ -10,8 +10,6 @@ file and prints by how much ordinary cuBLAS takes longer than ours.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,12 +22,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from environment import environment
 from measure import as_graph, medians
+from record import write_record
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.ops.linear import gpu
-from vllm.training.files import whole_file
 
 # By model and layer: N, K.
 LAYERS = {
@@ -104,14 +101,8 @@ def main() -> None:
             print(_line(found), flush=True)
             points += found
     print(_summary(points))
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(torch.device("cuda")),
-        "results": [vars(point) | {"ratio": point.ratio} for point in points],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    results = [vars(point) | {"ratio": point.ratio} for point in points]
+    write_record(args.out, torch.device("cuda"), results=results)
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -14,28 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
-from environment import environment
-from measure import medians, name_of
+from generic_model import DEMO, count_parameters, loss_of, make_engine
+from measure import medians
+from record import write_record
 from served import Command, Load, answer_loads, compare
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
-from vllm.training.files import whole_file
-
-if TYPE_CHECKING:
-    from vllm import LLM
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
@@ -51,13 +45,7 @@ CONFIG = GenericTransformerConfig(
             num_key_value_heads=8,
         )
         if ON_CUDA
-        else dict(
-            vocab_size=4096,
-            hidden_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
+        else DEMO
     ),
 )
 LOADS = (
@@ -74,30 +62,15 @@ TARGETS = (
     }
 )
 # Of one of two engines on one GPU.
-MEMORY = {"kv_cache_memory_bytes": 18 << 30, "gpu_memory_utilization": 0.4}
+MEMORY = (
+    {"kv_cache_memory_bytes": 18 << 30, "gpu_memory_utilization": 0.4}
+    if ON_CUDA
+    else {}
+)
 # Of each load in each mode.
 REPETITIONS = 5
 # Sequences and tokens of each.
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
-
-
-def make_engine(directory: str) -> LLM:
-    """An engine of this process's mode, of the config in a directory."""
-    from vllm import LLM, ModelRegistry
-
-    def build(config, parallel_context):
-        return GenericTransformerForCausalLM(config, parallel_context)
-
-    ModelRegistry.register_model("GenericTransformerForCausalLM", build)
-    return LLM(
-        directory,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype=name_of(DTYPE),
-        max_model_len=2048,
-        enable_prefix_caching=False,
-        **(MEMORY if ON_CUDA else {}),
-    )
 
 
 def engine() -> list[dict[str, object]]:
@@ -118,7 +91,6 @@ def engine() -> list[dict[str, object]]:
 
 def trainer() -> list[dict[str, object]]:
     """One row: milliseconds of forward and backward in the two modes."""
-    from vllm.model_executor.layers.training import token_logprobs
     from vllm.training import batch_invariant
 
     device = torch.device("cuda" if ON_CUDA else "cpu")
@@ -130,9 +102,7 @@ def trainer() -> list[dict[str, object]]:
 
     def step(mode: contextlib.AbstractContextManager[None]) -> None:
         with mode:
-            hidden = model.model(ids[:, :-1])
-            logprobs = token_logprobs(hidden, model.lm_head, ids[:, 1:])
-            (-logprobs.mean()).backward()
+            loss_of(model, ids).backward()
         model.zero_grad()
 
     times = medians(
@@ -177,26 +147,16 @@ def main() -> None:
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        answer_loads(make_engine(args.serve), CONFIG.vocab_size)
+        answer_loads(make_engine(args.serve, DTYPE, **MEMORY), CONFIG.vocab_size)
         return
     measures = {"engine": engine, "trainer": trainer}
     rows = [row for name in args.only for row in measures[name]()]
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(torch.device("cuda" if ON_CUDA else "cpu")),
-        "parameters": parameters(),
-        "rows": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out / "price.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def parameters() -> int:
-    """Of the model that is measured."""
-    with torch.device("meta"):
-        model = GenericTransformerForCausalLM(CONFIG)
-    return sum(p.numel() for p in model.parameters())
+    write_record(
+        args.out / "price.json",
+        torch.device("cuda" if ON_CUDA else "cpu"),
+        parameters=count_parameters(CONFIG),
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

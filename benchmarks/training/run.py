@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import training_step
 from environment import environment
 from measure import Result
+from record import write_record
 
 from vllm.training.files import whole_file
 
@@ -56,12 +56,8 @@ def main() -> None:
         for result in BENCHMARKS[name].run(device):
             print(_line(result), flush=True)
             found.append(result)
-        record = {
-            "date": today,
-            "environment": machine,
-            "results": [result.as_dict() for result in found],
-        }
-        _write(args.out / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        measured = [result.as_dict() for result in found]
+        write_record(args.out / f"{name}.json", device, results=measured)
         results += found
     heading = f"## {'GPU' if device.type == 'cuda' else 'CPU'}"
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k != "hardware")

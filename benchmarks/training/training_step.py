@@ -11,15 +11,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
+from generic_model import DEMO, loss_of, optimizer_step
 from measure import Result, dtypes_of_products, medians, name_of
 from torch_model import TorchModel
 
-from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -27,11 +28,19 @@ from vllm.model_executor.models.generic_transformer import (
 
 GROUP = "A training step"
 PEER = "torch.nn and SDPA"
-# The sizes of examples/demo.py on CPU, and a model that fills a GPU.
-CPU = (8, 256, dict(vocab_size=4096, hidden_size=256, num_hidden_layers=4))
-CPU_HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
-CUDA = (4, 4096, dict(vocab_size=32000, hidden_size=2048, num_hidden_layers=16))
-CUDA_HEADS = dict(num_attention_heads=16, num_key_value_heads=8)
+# The demo's sizes on CPU, and a model that fills a GPU.
+CPU = (8, 256, DEMO)
+CUDA = (
+    4,
+    4096,
+    dict(
+        vocab_size=32000,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    ),
+)
 
 
 def run(device: torch.device) -> Iterator[Result]:
@@ -55,29 +64,16 @@ def run(device: torch.device) -> Iterator[Result]:
 def step(name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """One optimizer step of a variant, ready to be called."""
     batch, seq, sizes = CUDA if device.type == "cuda" else CPU
-    heads = CUDA_HEADS if device.type == "cuda" else CPU_HEADS
-    config = GenericTransformerConfig(
-        **sizes, **heads, max_position_embeddings=max(seq, 512)
-    )
+    config = GenericTransformerConfig(**sizes, max_position_embeddings=max(seq, 512))
     torch.manual_seed(0)
     if name == "ours":
         model = GenericTransformerForCausalLM(config).to(device, dtype)
-
-        def loss(ids: torch.Tensor) -> torch.Tensor:
-            hidden_states = model.model(ids[:, :-1])
-            return -token_logprobs(hidden_states, model.lm_head, ids[:, 1:]).mean()
+        loss = partial(loss_of, model)
     else:
         model = TorchModel(config).to(device, dtype)
         loss = model.loss
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(config.vocab_size, (batch, seq + 1), device=device)
-
-    def once() -> None:
-        loss(ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return once
+    return optimizer_step(model, lambda: loss(ids))
 
 
 def _peak_memory(name: str, dtype: torch.dtype) -> float:

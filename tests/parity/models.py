@@ -49,7 +49,7 @@ GPT2 = {
     "vocab_size": 1000,
     "hidden_size": 256,
     "num_hidden_layers": 3,
-    # Of 64, which FlashAttention 3 computes otherwise if keys are in pages.
+    # Of 64, for which FlashAttention 3 has a kernel of its own for decoding.
     "num_attention_heads": 4,
     "max_position_embeddings": MAX_LENGTH,
 }

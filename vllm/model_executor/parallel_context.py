@@ -193,12 +193,17 @@ class ParallelContext:
         ranks = torch.arange(first, first + model_size)
         groups = []
         for axis in ("dp", "pp", "tp"):
-            group = getattr(self, f"{axis}_group")
-            if group is None and getattr(self, f"{axis}_size") == 1:
-                group = torch.distributed.new_group(
-                    [self.rank], use_local_synchronization=True
+            size, group = (
+                getattr(self, f"{axis}_{part}") for part in ("size", "group")
+            )
+            if size > 1 or group is not None:
+                groups.append(self.group(axis))
+            else:
+                groups.append(
+                    torch.distributed.new_group(
+                        [self.rank], use_local_synchronization=True
+                    )
                 )
-            groups.append(group or self.group(axis))
         return DeviceMesh.from_group(
             groups,
             self.device.type,

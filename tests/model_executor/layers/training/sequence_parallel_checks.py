@@ -97,6 +97,26 @@ def make_block(*args):
     return Block(*args)
 
 
+def as_one_rank(run, context, assert_as_accurate):
+    """Require that sequence-parallel ranks compute what one rank does.
+
+    `run(context, sequence_parallel, dtype)` gives tensors by name, of which "hidden" is
+    a slice of the tokens and gradients have their parameter's name, and the shardings.
+    """
+    actual, shardings = run(context, True, torch.float32)
+    single = ParallelContext.single()
+    plain, _ = run(single, False, torch.float32)
+    exact, _ = run(single, False, torch.float64)
+    for name, tensor in actual.items():
+        expected = [
+            local(each[name], shardings.get(name), context) for each in (plain, exact)
+        ]
+        if name == "hidden":
+            expected = [slice_of(each, context, 1) for each in expected]
+        assert_as_accurate(name, tensor, *expected)
+    return actual
+
+
 def test_batches_are_cut_along_their_sequences(context, assert_as_accurate):
     generator = torch.Generator().manual_seed(8)
     with torch.device("cpu"):
@@ -112,19 +132,9 @@ def test_batches_are_cut_along_their_sequences(context, assert_as_accurate):
         gradients = {name: parameter.grad for name, parameter in named}
         return {"hidden": hidden, "logits": logits} | gradients, shardings_of(model)
 
-    actual, shardings = run(context, True, torch.float32)
-    single = ParallelContext.single()
-    plain, _ = run(single, False, torch.float32)
-    exact, _ = run(single, False, torch.float64)
+    actual = as_one_rank(run, context, assert_as_accurate)
     assert actual["hidden"].shape == (3, 8 // context.tp_size, HIDDEN)
     assert actual["logits"].shape == (3, 8, VOCAB)
-    for name, tensor in actual.items():
-        expected = [
-            local(each[name], shardings.get(name), context) for each in (plain, exact)
-        ]
-        if name == "hidden":
-            expected = [slice_of(each, context, 1) for each in expected]
-        assert_as_accurate(name, tensor, *expected)
 
 
 def test_the_generic_transformer(context, assert_as_accurate):
@@ -149,18 +159,11 @@ def test_the_generic_transformer(context, assert_as_accurate):
         logprobs = token_logprobs(hidden, model.lm_head, ids[:, 1:])
         logprobs.sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        return hidden, {"logprobs": logprobs} | gradients, shardings_of(model)
+        outputs = {"hidden": hidden, "logprobs": logprobs}
+        return outputs | gradients, shardings_of(model)
 
-    hidden, actual, shardings = run(context, True, torch.float32)
-    assert hidden.shape == (2, 8 // context.tp_size, HIDDEN)
-    single = ParallelContext.single()
-    _, plain, _ = run(single, False, torch.float32)
-    _, exact, _ = run(single, False, torch.float64)
-    for name, tensor in actual.items():
-        expected = [
-            local(each[name], shardings.get(name), context) for each in (plain, exact)
-        ]
-        assert_as_accurate(name, tensor, *expected)
+    actual = as_one_rank(run, context, assert_as_accurate)
+    assert actual["hidden"].shape == (2, 8 // context.tp_size, HIDDEN)
 
 
 def test_a_slice_of_the_tokens_is_kept_for_the_backward(context):

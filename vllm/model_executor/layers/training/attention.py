@@ -267,7 +267,7 @@ class TrainableAttention(TrainingLayer):
         # vLLM's attention has its own copy.
         self.alibi_slopes = None
         self._check_backend(engine, prefix)
-        if engine.attn_backend.get_name() == "TRITON_ATTN" and self.sinks is None:
+        if envs.VLLM_BATCH_INVARIANT:
             self._add_sinks_of_the_mode(engine)
         self.engine = engine
         return self
@@ -284,7 +284,7 @@ class TrainableAttention(TrainingLayer):
 
     def _add_sinks_of_the_mode(self, engine: upstream.Attention) -> None:
         """What vLLM's Triton kernel needs to be batch-invariant with a window."""
-        if not envs.VLLM_BATCH_INVARIANT:
+        if self.sinks is not None or engine.attn_backend.get_name() != "TRITON_ATTN":
             return
         device = torch.get_default_device()
         sinks = vllm_triton.sinks_for(self.spec.window, None, self.num_heads, device)

@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Packed keys as a cache with pages, for the engine's kernels.
 
-A trainer's keys and values of shape = [num_tokens, num_kv_heads, head_size] are, with
-`unsqueeze(1)`, a cache whose pages hold one token. The page size decides where keys
-are read, and no bit of the result.
+A trainer's keys and values are a cache whose pages hold one token. The page size
+decides where keys are read, and no bit of the result.
 """
 
 from __future__ import annotations
@@ -13,6 +12,28 @@ import torch
 
 # Kernels may read the entries of whole tiles of so many keys.
 TILE = 32
+
+
+def pages_of_one(
+    key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Each sequence as a request whose pages hold one token.
+
+    Args:
+        key: shape = [num_tokens, num_kv_heads, head_size]
+        value: likewise.
+        cu_seqlens: int32, shape = [num_seqs + 1]
+        max_seqlen: no sequence is longer.
+
+    Returns:
+        The pages of keys and of values, shape = [num_tokens, 1, num_kv_heads,
+        head_size], and the engine's arguments that say which are whose.
+    """
+    requests = {
+        "seqused_k": cu_seqlens.diff(),
+        "block_table": block_table_of(cu_seqlens, max_seqlen),
+    }
+    return key.unsqueeze(1), value.unsqueeze(1), requests
 
 
 def block_table_of(cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training import batch_invariance
-from vllm.model_executor.layers.training.ops.attention.pages import block_table_of
+from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
 from vllm.model_executor.layers.training.ops.attention.spec import window_sides
 
 # Heads for which FlashAttention 3 visits other numbers of keys at a time if they are in
@@ -42,11 +42,7 @@ def forward(
     if version == 3 and batch_invariance.is_batch_invariant():
         max_query_len = invariant_query_len(max_seqlen, query.shape[2])
         if query.shape[2] in PAGED_HEADS:
-            key, value = key.unsqueeze(1), value.unsqueeze(1)
-            keys = {
-                "seqused_k": cu_seqlens.diff(),
-                "block_table": block_table_of(cu_seqlens, max_seqlen),
-            }
+            key, value, keys = pages_of_one(key, value, cu_seqlens, max_seqlen)
     output, lse = upstream.flash_attention().flash_attn_varlen_func(
         query,
         key,

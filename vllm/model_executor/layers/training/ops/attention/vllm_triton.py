@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.attention.pages import block_table_of
+from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
 from vllm.model_executor.layers.training.ops.attention.triton_forward import (
     attention_forward_triton,
 )
@@ -37,19 +37,19 @@ def forward(
     return lse, which our own forward computes.
     """
     output = query.new_empty(query.shape)
+    key_pages, value_pages, requests = pages_of_one(key, value, cu_seqlens, max_seqlen)
     upstream.triton_attention()(
         q=query,
-        k=key.unsqueeze(1),
-        v=value.unsqueeze(1),
+        k=key_pages,
+        v=value_pages,
         out=output,
         cu_seqlens_q=cu_seqlens,
         max_seqlen_q=max_seqlen,
-        seqused_k=cu_seqlens.diff(),
         max_seqlen_k=max_seqlen,
+        **requests,
         softmax_scale=scale,
         causal=causal,
         window_size=(window - 1, 0) if window else (-1, -1),
-        block_table=block_table_of(cu_seqlens, max_seqlen),
         softcap=soft_cap,
         q_descale=None,
         k_descale=None,

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What a benchmark leaves behind."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import torch
+from environment import environment
+
+from vllm.training.files import whole_file
+
+
+def write_record(path: Path, device: torch.device, **fields: object) -> None:
+    """Write JSON of today's date, the machine and what was measured, whole or not."""
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(device),
+        **fields,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
