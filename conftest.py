@@ -6,6 +6,8 @@ import os
 
 # Engines run in the test's process unless a test asks for more.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# A process that has asked torch for its GPUs cannot be forked.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

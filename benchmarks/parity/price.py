@@ -147,7 +147,10 @@ def main() -> None:
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        answer_loads(make_engine(args.serve, DTYPE, **MEMORY), CONFIG.vocab_size)
+        sizes = [load.requests for load in LOADS]
+        graphs = {"cudagraph_capture_sizes": sizes} if ON_CUDA else None
+        llm = make_engine(args.serve, DTYPE, compilation_config=graphs, **MEMORY)
+        answer_loads(llm, CONFIG.vocab_size)
         return
     measures = {"engine": engine, "trainer": trainer}
     rows = [row for name in args.only for row in measures[name]()]

@@ -51,11 +51,17 @@ FOLDER = Path(os.environ["CHECKS_FOLDER"])
 TIMEOUT = timedelta(seconds=90)
 WORLD = int(os.environ["WORLD_SIZE"])
 needs_four = pytest.mark.skipif(WORLD < 4, reason="needs four ranks")
+# Of results that are views, whose changes in place FSDP2 would not notice.
+pytestmark = pytest.mark.filterwarnings("error:FSDP2-wrapped module")
 
 
 @pytest.fixture(scope="session")
-def groups():
-    """Makes groups of a tensor-parallel size, unless they are there already."""
+def groups(request):
+    """Makes groups of a tensor-parallel size, unless they are there already.
+
+    After a failure they are left as they are: the other ranks do not get here, and
+    torchrun ends them when this one has ended.
+    """
 
     def make(tp_size):
         initialized = dist.is_initialized()
@@ -64,7 +70,8 @@ def groups():
         return training.initialize_parallel(tp_size, timeout=TIMEOUT)
 
     yield make
-    training.destroy_parallel()
+    if not request.session.testsfailed:
+        training.destroy_parallel()
 
 
 def reference(steps, dtype, tied=False):
@@ -314,7 +321,8 @@ def test_save_pretrained_is_that_of_one_process(
     everything, gathered_bytes[0] = gathered_bytes[0], 0
     training.save_checkpoint(model.lm, several, max_shard_size=20_000)
     largest = max(tensor.nbytes for tensor in whole.values())
-    if context.rank == 0:
+    # From a GPU rank 0 copies each tensor to the host; a file's size is below.
+    if context.rank == 0 and context.device.type == "cpu":
         assert 20_000 < gathered_bytes[0] + largest <= 20_000 + 2 * largest < everything
     else:
         assert everything <= largest and gathered_bytes[0] <= largest

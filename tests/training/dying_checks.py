@@ -60,7 +60,8 @@ def stopped_in_a_step(model, optimizer, context, stop):
     """Rank 1 stops in the backward, where rank 0 waits for its gradients."""
 
     def stop_in_backward(layer, inputs, output):
-        output.register_hook(lambda grad: stop())
+        hidden_states, _ = output
+        hidden_states.register_hook(lambda grad: stop())
 
     if RANK == 1:
         model.lm.model.layers[1].register_forward_hook(stop_in_backward)

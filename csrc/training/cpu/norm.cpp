@@ -12,8 +12,18 @@
 namespace vllm_training {
 namespace {
 
+// A tensor is a matrix whose rows are contiguous, or contiguous.
+int64_t size_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+int64_t count_rows(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) rows *= tensor.size(dim);
+  return rows;
+}
+
 NormRows rows_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0)};
+  return {tensor.const_data_ptr(),
+          tensor.dim() == 2 ? tensor.stride(0) : size_of(tensor)};
 }
 
 Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -38,8 +48,8 @@ int64_t block_rows_of(int64_t rows) {
 void forward(const Tensor& input, const Tensor* residual, const Tensor& weight,
              double eps, const Tensor& output, const Tensor* sum,
              const Tensor& rstd) {
-  const int64_t rows = input.size(0);
-  const int64_t size = input.size(1);
+  const int64_t rows = count_rows(input);
+  const int64_t size = size_of(input);
   NormArguments arguments{
       .dtype = dtype_of(input),
       .weight_dtype = dtype_of(weight),
@@ -57,12 +67,12 @@ void forward(const Tensor& input, const Tensor* residual, const Tensor& weight,
   });
 }
 
-// input [rows, size] with contiguous rows, weight [size] contiguous
-// -> output, rstd fp32 [rows]
+// input [..., size], weight [size] contiguous
+// -> output of input's shape, rstd fp32 [rows]
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& input, const Tensor& weight,
                                     double eps) {
   Tensor output = torch::stable::new_empty(input, input.sizes());
-  Tensor rstd = new_floats(input, {input.size(0)});
+  Tensor rstd = new_floats(input, {count_rows(input)});
   forward(input, nullptr, weight, eps, output, nullptr, rstd);
   return {output, rstd};
 }
@@ -74,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm(const Tensor& input,
                                                       double eps) {
   Tensor output = torch::stable::new_empty(input, input.sizes());
   Tensor sum = torch::stable::new_empty(input, input.sizes());
-  Tensor rstd = new_floats(input, {input.size(0)});
+  Tensor rstd = new_floats(input, {count_rows(input)});
   forward(input, &residual, weight, eps, output, &sum, rstd);
   return {output, sum, rstd};
 }
@@ -84,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm(const Tensor& input,
 std::tuple<Tensor, Tensor> rms_norm_backward(
     const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
     const Tensor& input, const Tensor& weight, const Tensor& rstd) {
-  const int64_t rows = input.size(0);
-  const int64_t size = input.size(1);
+  const int64_t rows = count_rows(input);
+  const int64_t size = size_of(input);
   const int64_t block_rows = block_rows_of(rows);
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   Tensor grad_input = torch::stable::new_empty(input, input.sizes());

@@ -74,7 +74,11 @@ class GenericTransformerMLP(nn.Module):
 
 
 class GenericTransformerBlock(nn.Module):
-    """Attention and MLP, each on a normed copy of the residual stream."""
+    """Attention and MLP, each on a normed copy of the residual stream.
+
+    The stream is passed as two tensors whose sum it is, the second of them None before
+    the first block: the next norm adds them, with the bits of a sum of its own.
+    """
 
     def __init__(
         self, config: GenericTransformerConfig, rotary: RotaryEmbedding, **sharding: Any
@@ -96,16 +100,18 @@ class GenericTransformerBlock(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
         positions: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states = self.self_attn(
-            self.input_layernorm(hidden_states), positions, cu_seqlens, max_seqlen
-        )
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            normed, residual = self.input_layernorm(hidden_states), hidden_states
+        else:
+            normed, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(normed, positions, cu_seqlens, max_seqlen)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return residual + self.mlp(hidden_states)
+        return self.mlp(hidden_states), residual
 
 
 class GenericTransformer(nn.Module):
@@ -166,9 +172,16 @@ class GenericTransformer(nn.Module):
         if hidden_states is None:
             assert self.embed_tokens is not None, "later stages get hidden_states"
             hidden_states = self.embed_tokens(input_ids)
+        residual = None
         for layer in self.layers:
-            hidden_states = layer(hidden_states, positions, cu_seqlens, max_seqlen)
-        return hidden_states if self.norm is None else self.norm(hidden_states)
+            hidden_states, residual = layer(
+                hidden_states, residual, positions, cu_seqlens, max_seqlen
+            )
+        assert residual is not None, "every stage has layers"
+        if self.norm is None:
+            return hidden_states + residual
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
 
 
 def default_positions(

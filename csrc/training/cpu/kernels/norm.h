@@ -19,26 +19,24 @@ inline const T* row_of(NormRows rows, int64_t row) {
                    : nullptr;
 }
 
-// x + residual, which is null for none. Not rounded.
-template <class T, class Lanes>
-inline Vec load_sum(const T* x, const T* residual, int64_t i, Lanes lanes) {
-  Vec value = load_some(x + i, lanes);
-  return residual ? value + load_some(residual + i, lanes) : value;
-}
-
-// Returns rstd. The normalised value is rounded to the weight's type,
-// multiplied by it, rounded to that type again, and then to x's.
+// Returns rstd. With a residual, which is null for none, what is normalised is
+// the sum, rounded to its type. The normalised value is rounded to the weight's
+// type, multiplied by it, rounded to that type again, and then to x's.
 template <class T, class W>
 float rms_norm_row(const T* x, const T* residual, const W* weight, float eps,
                    T* output, T* sum, int64_t size) {
   const float squares = sum_vectors(size, [&](int64_t i, auto lanes) {
-    Vec value = load_sum(x, residual, i, lanes);
-    if (residual) store_some(sum + i, value, lanes);
+    Vec value = load_some(x + i, lanes);
+    if (residual) {
+      value = rounded_to(T{}, value + load_some(residual + i, lanes));
+      store_some(sum + i, value, lanes);
+    }
     return value * value;
   });
+  const T* normed = residual ? sum : x;
   const float rstd = 1.0f / __builtin_sqrtf(squares / size + eps);
   by_vectors(size, [&](int64_t i, auto lanes) {
-    Vec normalised = rounded_to(W{}, load_sum(x, residual, i, lanes) * rstd);
+    Vec normalised = rounded_to(W{}, load_some(normed + i, lanes) * rstd);
     Vec value = rounded_to(W{}, normalised * load_some(weight + i, lanes));
     store_some(output + i, value, lanes);
   });

@@ -143,12 +143,13 @@ def run_on_two_ranks() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def context() -> Iterator[ParallelContext]:
+def context(request: pytest.FixtureRequest) -> Iterator[ParallelContext]:
     """Of all processes that torchrun started, which are tensor-parallel ranks.
 
     On GPUs if there is one for each, else on the CPU. vLLM's own groups, which
     `vllm_groups` asks for, are on its platform's devices: a machine with too few GPUs
-    has none.
+    has none. After a failure the groups are left as they are: the other ranks do not
+    get here, and torchrun ends them when this one has ended.
     """
     # Not above: what interprets Triton's kernels has to come before they are imported.
     from vllm import training
@@ -156,13 +157,15 @@ def context() -> Iterator[ParallelContext]:
     size = int(os.environ["WORLD_SIZE"])
     if not 0 < torch.cuda.device_count() < size:
         yield training.initialize_parallel(size)
-        training.destroy_parallel()
+        if not request.session.testsfailed:
+            training.destroy_parallel()
         return
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     group = dist.group.WORLD
     yield ParallelContext(tp_rank=rank, tp_size=size, rank=rank, tp_group=group)
-    dist.destroy_process_group()
+    if not request.session.testsfailed:
+        dist.destroy_process_group()
 
 
 @pytest.fixture

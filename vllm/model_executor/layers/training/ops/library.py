@@ -91,8 +91,14 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def from_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The result of an op on `rows_of(x)`, in the shape of x but for the last dim."""
-    return rows if x.ndim == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+    """The result of an op on `rows_of(x)`, in the shape of x but for the last dim.
+
+    As that of torch's linear it is no view to autograd, of which FSDP2 warns. So the op
+    may not keep its result for the backward: a change in place would not be noticed.
+    """
+    if x.ndim == 2:
+        return rows
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
 def define_op(

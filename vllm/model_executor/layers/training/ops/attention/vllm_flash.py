@@ -108,21 +108,43 @@ def decode_from_pages(
     Returns:
         shape = [num_requests, num_heads, head_size].
     """
-    return upstream.flash_attention().flash_attn_varlen_func(
+    kernels = upstream.flash_attention()
+    num_requests, num_heads, head_size = query.shape
+    _, page_size, num_kv_heads, _ = key_pages.shape
+    max_query_len = invariant_query_len(1, head_size)
+    cu_seqlens = torch.arange(num_requests + 1, dtype=torch.int32, device=query.device)
+    max_seqlen = block_table.shape[1] * page_size
+    window_size = _window_size(True, window)
+    # The engine's is made once a step, for all layers.
+    schedule = kernels.get_scheduler_metadata(
+        batch_size=num_requests,
+        max_seqlen_q=max_query_len,
+        max_seqlen_k=max_seqlen,
+        num_heads_q=num_heads,
+        num_heads_kv=num_kv_heads,
+        headdim=head_size,
+        cache_seqlens=lengths,
+        qkv_dtype=query.dtype,
+        cu_seqlens_q=cu_seqlens,
+        page_size=page_size,
+        causal=True,
+        window_size=window_size,
+        num_splits=1,
+    )
+    return kernels.flash_attn_varlen_func(
         query,
         key_pages,
         value_pages,
-        max_seqlen_q=invariant_query_len(1, query.shape[2]),
-        cu_seqlens_q=torch.arange(
-            len(query) + 1, dtype=torch.int32, device=query.device
-        ),
-        max_seqlen_k=block_table.shape[1] * key_pages.shape[1],
+        max_seqlen_q=max_query_len,
+        cu_seqlens_q=cu_seqlens,
+        max_seqlen_k=max_seqlen,
         seqused_k=lengths,
         block_table=block_table,
         softmax_scale=scale,
         causal=True,
-        window_size=_window_size(True, window),
+        window_size=window_size,
         softcap=soft_cap,
+        scheduler_metadata=schedule,
         fa_version=3,
         num_splits=1,
         s_aux=None if sinks is None else sinks.to(query.dtype),

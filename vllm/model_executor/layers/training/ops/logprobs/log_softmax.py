@@ -18,7 +18,6 @@ from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
-    from_rows,
     has_kernel,
     rows_of,
 )
@@ -36,7 +35,7 @@ def logprobs_of(logits: torch.Tensor, temperature: float) -> torch.Tensor:
         fp32 (fp64 for fp64 logits), the shape of logits.
     """
     if uses_samplers_kernels(logits):
-        return from_rows(_log_softmax(rows_of(logits), temperature), logits)
+        return _log_softmax(rows_of(logits), temperature).view(logits.shape)
     return reference.log_softmax(reference.tempered(logits, temperature))
 
 

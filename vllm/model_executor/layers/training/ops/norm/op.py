@@ -10,16 +10,15 @@ second result, the sum, is added, and dweight = sum over rows of dy n.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
-    from_rows,
     has_kernel,
     refuse_second_derivative,
-    rows_of,
 )
 from vllm.model_executor.layers.training.ops.norm import triton_kernels
 from vllm.model_executor.layers.training.ops.norm.arguments import check
@@ -50,18 +49,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     check("rms_norm", x, weight=weight)
     if not (has_kernel(x) and has_kernel(weight)):
         return rms_norm_reference(x, weight, eps)
-    output, _ = _rms_norm(rows_of(x), weight.contiguous(), eps)
-    return from_rows(output, x)
+    output, _ = _rms_norm(_with_rows(x), weight.contiguous(), eps)
+    return output
 
 
 def fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` of x + residual, and the sum.
+    """`rms_norm` of x + residual, and the sum: the bits of the two one by one.
 
-    The sum is computed in fp32 and normalised as it is; only the second result is
-    rounded. The backward has the rounded sum. That changes the gradients by about as
-    much as rounding x does: a relative error of half an eps of x's dtype in n.
+    So it does not show in the numbers where a model is cut into pipeline stages, or
+    whether a definition adds and normalises in two lines.
 
     Args:
         x: as in `rms_norm`.
@@ -81,25 +79,36 @@ def fused_add_rms_norm(
     wide, residual = x.to(dtype), residual.to(dtype)
     if has_kernel(wide) and has_kernel(weight):
         output, total, _ = _fused_add_rms_norm(
-            rows_of(wide), rows_of(residual), weight.contiguous(), eps
+            _with_rows(wide), _with_rows(residual), weight.contiguous(), eps
         )
-        output, total = from_rows(output, x), from_rows(total, x)
     else:
         output, total = fused_add_rms_norm_reference(wide, residual, weight, eps)
     return output.to(x.dtype), total.to(x.dtype)
 
 
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as the ops take it: contiguous, or a matrix of contiguous rows.
+
+    They take any number of dims, so that no result, of which the backward keeps the
+    sum, is a view: see `from_rows`.
+    """
+    return x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous()
+
+
+def _rstd_of(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+
+
 def _fake_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), _rstd_of(x)
 
 
 def _fake_fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+    return x.new_empty(x.shape), x.new_empty(x.shape), _rstd_of(x)
 
 
 def _fake_backward(
@@ -134,8 +143,8 @@ def _backward(
     x, weight, rstd = ctx.saved_tensors
     # None: nothing depends on that result.
     grad_output = torch.zeros_like(x) if grad_output is None else grad_output
-    grad_sum = None if grad_sum is None else rows_of(grad_sum)
-    return _rms_norm_backward(rows_of(grad_output), grad_sum, x, weight, rstd)
+    grad_sum = None if grad_sum is None else _with_rows(grad_sum)
+    return _rms_norm_backward(_with_rows(grad_output), grad_sum, x, weight, rstd)
 
 
 def _rms_norm_grads(

@@ -18,9 +18,9 @@ def rms_norm_reference(
 def fused_add_rms_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum is normalised as it is and rounded as a result; as in `op`."""
-    total = _wide(x) + _wide(residual)
-    return _normalise(total, weight, eps).to(x.dtype), total.to(x.dtype)
+    """The rounded sum is normalised; arguments as in `op.fused_add_rms_norm`."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
 
 
 def layer_norm_reference(

@@ -14,6 +14,7 @@ not aligned to that is copied first.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,9 @@ def _forward_kernel(
     if residual is not None:
         residual += row * (residual_stride * vector) + column
         value += tl.load(residual, mask=mask, other=0).to(tl.float32)
-        tl.store(total + row * hidden + column, value, mask=mask)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * hidden + column, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / hidden + eps)
     tl.store(rstd + row, inverse, mask=row < rows)
     normal = (value * inverse).to(scale.dtype)
@@ -140,7 +143,7 @@ def _backward_plan(x: torch.Tensor, fused: bool) -> tuple[_Tiling, _Schedule]:
     # The numbers of programs are constants, not the number of multiprocessors: the bits
     # of the weight's gradient are the same on every GPU. They and the 16 KiB of each
     # tensor that a program holds at a time were the fastest on an H200.
-    block = max(32, triton.next_power_of_2(x.shape[1]))
+    block = max(32, triton.next_power_of_2(x.shape[-1]))
     tile_bytes = max(16384, block * x.element_size())
     tiling = _Tiling(
         tile_bytes // (block * x.element_size()), block, min(32, max(8, block // 512))
@@ -152,6 +155,10 @@ def _backward_plan(x: torch.Tensor, fused: bool) -> tuple[_Tiling, _Schedule]:
 
 def _vector(hidden: int) -> int:
     return 1 if hidden % _VECTOR else _VECTOR
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    return x if x.ndim == 2 else x.view(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _aligned(tensor: torch.Tensor, vector: int) -> torch.Tensor:
@@ -168,10 +175,11 @@ def _forward(
     eps: float,
     tiling: _Tiling,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    output = x.new_empty(x.shape)
+    total = None if residual is None else x.new_empty(x.shape)
+    x, residual = _matrix(x), None if residual is None else _matrix(residual)
     rows, hidden = x.shape
     vector = _vector(hidden)
-    output = x.new_empty(rows, hidden)
-    total = None if residual is None else torch.empty_like(output)
     rstd = x.new_empty(rows, dtype=torch.float32)
     if rows:
         x, weight = _aligned(x, vector), _aligned(weight[None], vector)
@@ -203,9 +211,11 @@ def _backward(
     tiling: _Tiling,
     schedule: _Schedule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_x = x.new_empty(x.shape)
+    grad, x = _matrix(grad), _matrix(x)
+    grad_sum = None if grad_sum is None else _matrix(grad_sum)
     rows, hidden = x.shape
     vector = _vector(hidden)
-    grad_x = x.new_empty(rows, hidden)
     if not rows:
         return grad_x, torch.zeros_like(weight)
     grad, x = _aligned(grad, vector), _aligned(x, vector)
@@ -242,7 +252,7 @@ def rms_norm(
     """Normalise rows.
 
     Args:
-        x: shape = [rows, hidden].
+        x: shape = [..., hidden]; contiguous, or a matrix of contiguous rows.
         weight: shape = [hidden].
         eps: added to the mean of the squares.
 
@@ -250,19 +260,19 @@ def rms_norm(
         The output, shape and dtype of x, and the factors 1 / sqrt(mean + eps), shape =
         [rows], fp32, for the backward pass.
     """
-    output, _, rstd = _forward(x, None, weight, eps, _tiling(x.shape[1]))
+    output, _, rstd = _forward(x, None, weight, eps, _tiling(x.shape[-1]))
     return output, rstd
 
 
 def fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `rms_norm`, of the fp32 sum of x and a residual of x's shape.
+    """As `rms_norm`, of the rounded sum of x and a residual of x's shape.
 
     Returns:
         The output, the sum, shape and dtype of x, and the factors.
     """
-    output, total, rstd = _forward(x, residual, weight, eps, _tiling(x.shape[1]))
+    output, total, rstd = _forward(x, residual, weight, eps, _tiling(x.shape[-1]))
     assert total is not None
     return output, total, rstd
 
@@ -282,9 +292,9 @@ def rms_norm_backward(
     the programs.
 
     Args:
-        grad_output: shape = [rows, hidden].
-        grad_sum: the gradient that arrives at the sum, shape = [rows, hidden]; or None.
-        x: shape = [rows, hidden]; the sum, where the norm was fused.
+        grad_output: shape = [..., hidden], laid out as x in `rms_norm`.
+        grad_sum: the gradient that arrives at the sum, likewise; or None.
+        x: likewise; the sum, where the norm was fused.
         weight: shape = [hidden].
         rstd: shape = [rows], from the forward pass.
 
