@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -90,9 +91,10 @@ def compare(
 ) -> list[list[float]]:
     """Tokens per second of each engine for each load.
 
-    The engines are started twice, in either order, because a process keeps the place on
-    the machine that it was given and the machine's speed changes; a rate is the
-    geometric mean of the two medians. The first two runs of a load are not counted.
+    All engines get the cores of one NUMA node, as those of a machine differ in speed.
+    They are started twice, in either order, because a process keeps the memory that it
+    was given and the machine's speed changes; a rate is the geometric mean of the two
+    medians. The first two runs of a load are not counted.
 
     Args:
         engines: to compare.
@@ -104,6 +106,7 @@ def compare(
     Returns:
         For each engine its rates in the order of loads.
     """
+    os.sched_setaffinity(0, _cores_of_a_node())
     rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
     for order in (1, -1):
         ordered = engines[::order]
@@ -116,6 +119,17 @@ def compare(
         [math.sqrt(math.prod(medians)) for medians in zip(*rates[engine])]
         for engine in engines
     ]
+
+
+def _cores_of_a_node() -> set[int]:
+    """Those of this process's cores on the NUMA node that has the most of them."""
+    own = os.sched_getaffinity(0)
+    nodes = Path("/sys/devices/system/node").glob("node[0-9]*/cpu[0-9]*")
+    cores: dict[str, set[int]] = {}
+    for core in sorted(nodes):
+        index = int(core.name.removeprefix("cpu"))
+        cores.setdefault(core.parent.name, set()).update({index} & own)
+    return max(cores.values(), key=len, default=own) or own
 
 
 def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[float]:

@@ -77,8 +77,10 @@ def test_a_partition_that_leaves_a_stage_empty(monkeypatch):
         PipelineLayers(4, lambda i: nn.Linear(1, 1), stage(0, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_transformer_in_stages_is_the_transformer(tied):
+def test_a_transformer_in_stages_is_the_transformer(tied, dtype):
+    """The bits, wherever it is cut."""
     config = GenericTransformerConfig(
         vocab_size=50,
         hidden_size=64,
@@ -87,12 +89,12 @@ def test_a_transformer_in_stages_is_the_transformer(tied):
         tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
-    whole = GenericTransformerForCausalLM(config)
+    whole = GenericTransformerForCausalLM(config).to(dtype)
     state, names = whole.state_dict(), set()
     hidden_states = None
     positions = torch.arange(6)
     for rank in range(3):
-        part = GenericTransformerForCausalLM(config, stage(rank, 3))
+        part = GenericTransformerForCausalLM(config, stage(rank, 3)).to(dtype)
         part.load_state_dict({name: state[name] for name in part.state_dict()})
         names |= set(part.state_dict())
         ids = torch.arange(6) if rank == 0 else None
