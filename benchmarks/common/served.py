@@ -46,6 +46,11 @@ class Load(NamedTuple):
         return f"{self.requests} requests of {self.prompt}+{self.new} tokens"
 
 
+def graphs_of(loads: Sequence[Load]) -> dict[str, list[int]]:
+    """An engine's `compilation_config`: CUDA graphs for these loads and no others."""
+    return {"cudagraph_capture_sizes": [load.requests for load in loads]}
+
+
 def answer_loads(llm: LLM, vocab_size: int) -> None:
     """For each load on stdin, print how many tokens per second it got."""
     print(_ANSWER, "ready", flush=True)
@@ -106,7 +111,6 @@ def compare(
     Returns:
         For each engine its rates in the order of loads.
     """
-    os.sched_setaffinity(0, _cores_of_a_node())
     rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
     for order in (1, -1):
         ordered = engines[::order]
@@ -124,12 +128,9 @@ def compare(
 def _cores_of_a_node() -> set[int]:
     """Those of this process's cores on the NUMA node that has the most of them."""
     own = os.sched_getaffinity(0)
-    nodes = Path("/sys/devices/system/node").glob("node[0-9]*/cpu[0-9]*")
-    cores: dict[str, set[int]] = {}
-    for core in sorted(nodes):
-        index = int(core.name.removeprefix("cpu"))
-        cores.setdefault(core.parent.name, set()).update({index} & own)
-    return max(cores.values(), key=len, default=own) or own
+    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    cores = [{i for i in own if (node / f"cpu{i}").exists()} for node in nodes]
+    return max(cores, key=len, default=own) or own
 
 
 def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[float]:
@@ -169,6 +170,8 @@ class Served:
             text=True,
             start_new_session=True,
         )
+        # Not this process, which may measure something else.
+        os.sched_setaffinity(self.process.pid, _cores_of_a_node())
 
     def wait_until_ready(self) -> None:
         assert self._answer() == "ready"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 import torch
 from generic_model import DEMO, WIDTH_OF_8B, make_engine
 from record import write_record
-from served import Command, Load, answer_loads, compare
+from served import Command, Load, answer_loads, compare, graphs_of
 from transformers import LlamaConfig
 
 from vllm.model_executor.models.generic_transformer import GenericTransformerConfig
@@ -51,12 +51,11 @@ TARGET = 0.98
 
 def serve(directory: str, tp_size: int) -> None:
     """Answer loads with the model of a directory."""
-    sizes = [load.requests for load in LOADS]
     llm = make_engine(
         directory,
         DTYPE,
         tensor_parallel_size=tp_size,
-        compilation_config={"cudagraph_capture_sizes": sizes},
+        compilation_config=graphs_of(LOADS),
         **MEMORY,
     )
     answer_loads(llm, SIZES["vocab_size"])

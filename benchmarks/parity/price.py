@@ -24,7 +24,7 @@ import torch
 from generic_model import DEMO, count_parameters, loss_of, make_engine
 from measure import medians
 from record import write_record
-from served import Command, Load, answer_loads, compare
+from served import Command, Load, answer_loads, compare, graphs_of
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -147,9 +147,8 @@ def main() -> None:
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        sizes = [load.requests for load in LOADS]
-        graphs = {"cudagraph_capture_sizes": sizes} if ON_CUDA else None
-        llm = make_engine(args.serve, DTYPE, compilation_config=graphs, **MEMORY)
+        options = {"compilation_config": graphs_of(LOADS)} if ON_CUDA else {}
+        llm = make_engine(args.serve, DTYPE, **options, **MEMORY)
         answer_loads(llm, CONFIG.vocab_size)
         return
     measures = {"engine": engine, "trainer": trainer}

@@ -156,16 +156,16 @@ def context(request: pytest.FixtureRequest) -> Iterator[ParallelContext]:
 
     size = int(os.environ["WORLD_SIZE"])
     if not 0 < torch.cuda.device_count() < size:
-        yield training.initialize_parallel(size)
-        if not request.session.testsfailed:
-            training.destroy_parallel()
-        return
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    group = dist.group.WORLD
-    yield ParallelContext(tp_rank=rank, tp_size=size, rank=rank, tp_group=group)
+        context, destroy = training.initialize_parallel(size), training.destroy_parallel
+    else:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        group = dist.group.WORLD
+        context = ParallelContext(tp_rank=rank, tp_size=size, rank=rank, tp_group=group)
+        destroy = dist.destroy_process_group
+    yield context
     if not request.session.testsfailed:
-        dist.destroy_process_group()
+        destroy()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.training.ops.library import (
     define_op,
     has_kernel,
     refuse_second_derivative,
+    rows_of,
 )
 from vllm.model_executor.layers.training.ops.norm import triton_kernels
 from vllm.model_executor.layers.training.ops.norm.arguments import check
@@ -92,7 +93,7 @@ def _with_rows(x: torch.Tensor) -> torch.Tensor:
     They take any number of dims, so that no result, of which the backward keeps the
     sum, is a view: see `from_rows`.
     """
-    return x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous()
+    return rows_of(x) if x.ndim == 2 else x.contiguous()
 
 
 def _rstd_of(x: torch.Tensor) -> torch.Tensor:

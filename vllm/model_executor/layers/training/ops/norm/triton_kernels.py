@@ -14,12 +14,12 @@ not aligned to that is copied first.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from vllm.model_executor.layers.training.ops.gpu import has_large_shared_memory
+from vllm.model_executor.layers.training.ops.library import rows_of
 from vllm.triton_utils import tl, triton
 
 _VECTOR = 8
@@ -157,10 +157,6 @@ def _vector(hidden: int) -> int:
     return 1 if hidden % _VECTOR else _VECTOR
 
 
-def _matrix(x: torch.Tensor) -> torch.Tensor:
-    return x if x.ndim == 2 else x.view(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _aligned(tensor: torch.Tensor, vector: int) -> torch.Tensor:
     """The tensor, or a copy whose rows begin where `vector` elements can be read."""
     if vector == 1 or (tensor.data_ptr() % 16 == 0 and tensor.stride(0) % vector == 0):
@@ -177,7 +173,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     output = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
-    x, residual = _matrix(x), None if residual is None else _matrix(residual)
+    x, residual = rows_of(x), None if residual is None else rows_of(residual)
     rows, hidden = x.shape
     vector = _vector(hidden)
     rstd = x.new_empty(rows, dtype=torch.float32)
@@ -212,8 +208,8 @@ def _backward(
     schedule: _Schedule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad_x = x.new_empty(x.shape)
-    grad, x = _matrix(grad), _matrix(x)
-    grad_sum = None if grad_sum is None else _matrix(grad_sum)
+    grad, x = rows_of(grad), rows_of(x)
+    grad_sum = None if grad_sum is None else rows_of(grad_sum)
     rows, hidden = x.shape
     vector = _vector(hidden)
     if not rows:
