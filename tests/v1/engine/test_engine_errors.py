@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Answers of workers to calls of which one has failed."""
+"""Answers of workers to calls of which one has failed, and workers that end."""
 
+import multiprocessing
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -44,3 +46,35 @@ def test_an_answer_that_stays_owed():
         engine_errors.discard_owed(executor, silent, timeout=0.0)
     engine_errors.discard_owed(executor, silent, timeout=1.0)
     assert silent.dequeue() == "new"
+
+
+class SlowlyEnding:
+    """A killed process whose exit code comes long after its end, as with a GPU."""
+
+    name, pid = "VllmWorker-1", 7
+
+    def __init__(self):
+        self.sentinel, self.alive = multiprocessing.Pipe(duplex=False)
+        self.joining, self.reaped = threading.Event(), threading.Event()
+        self.exitcode = None
+
+    def join(self):
+        self.joining.set()
+        assert self.reaped.wait(timeout=10)
+        self.exitcode = -9
+
+
+def test_a_worker_that_ends_slowly_is_named():
+    process = SlowlyEnding()
+    executor = SimpleNamespace(workers=[SimpleNamespace(proc=process)])
+    engine_errors.raise_death(executor)  # does nothing: it is alive
+
+    process.alive.close()
+    monitor = threading.Thread(target=engine_errors.note_ended, args=(executor,))
+    monitor.start()
+    assert process.joining.wait(timeout=10)
+    threading.Timer(0.2, process.reaped.set).start()
+    message = r"VllmWorker-1 \(pid 7, exit code -9\) died while the engine ran"
+    with pytest.raises(RuntimeError, match=message):
+        engine_errors.raise_death(executor)
+    monitor.join()

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 FAILED = "FAILED"
 _SECONDS_TO_SETTLE = 5
+_NOTING = threading.Lock()
 _LONGEST = 1500
 """Characters of one error; a report this short is written to a pipe in one piece."""
 
@@ -97,15 +99,28 @@ def note_death(executor: Any, who: str) -> None:
         )
 
 
+def note_ended(executor: Any) -> None:
+    """Keep in mind which of an executor's processes ended first, if one has.
+
+    A process that used a GPU needs seconds from its end to its exit code. What asks in
+    the meantime waits here.
+    """
+    with _NOTING:
+        if getattr(executor, "death", None) is not None:
+            return
+        handles = getattr(executor, "workers", None) or ()
+        processes = {handle.proc.sentinel: handle.proc for handle in handles}
+        for sentinel in wait(list(processes), timeout=0):
+            note_death(executor, _described(processes[sentinel]))
+
+
 def raise_death(executor: Any) -> None:
     """Raise what `note_death` noted, or would have if its thread had been faster.
 
     Raises:
         RuntimeError: Names the worker that died first.
     """
-    for handle in getattr(executor, "workers", None) or ():
-        if handle.proc.exitcode is not None:
-            note_death(executor, described(handle.proc))
+    note_ended(executor)
     if (death := getattr(executor, "death", None)) is not None:
         raise RuntimeError(death) from None
 
@@ -154,9 +169,9 @@ def discard_owed(executor: Any, queue: Any, timeout: float | None) -> None:
         owed[id(queue)] -= 1
 
 
-def described(process: Any) -> str:
+def _described(process: Any) -> str:
     """A worker process that has ended, in words."""
-    process.join(timeout=1)  # its end is seen before its exit code
+    process.join()
     return f"{process.name} (pid {process.pid}, exit code {process.exitcode})"
 
 
