@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.models.gpus import MEMORY
 from tests.parity import models
 from tests.parity.engine import Engine
 from vllm.model_executor.parallel_context import ParallelContext
@@ -99,11 +100,7 @@ class Subject:
             "block_size": 32,
         }
         if CUDA:
-            options |= {
-                "attention_config": {"backend": self.backend},
-                "kv_cache_memory_bytes": 1 << 30,
-                "gpu_memory_utilization": 0.5,
-            }
+            options |= {"attention_config": {"backend": self.backend}, **MEMORY}
             if not self.eager:
                 sizes = [1, 2, 4, 8, 16, 32, 64]
                 options["compilation_config"] = {"cudagraph_capture_sizes": sizes}
