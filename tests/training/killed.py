@@ -4,6 +4,7 @@
 
 import os
 import signal
+import traceback
 
 import torch
 
@@ -14,16 +15,20 @@ def killed_at(step, function):
     """Run in a process that dies at its step-th change of a file; whether it did."""
     child = os.fork()
     if child == 0:
+        exit_code = 1
         try:
+            # A fork cannot use its parent's GPUs; what is saved is on the CPU.
+            torch.cuda.is_available = lambda: False
             die_at(step)
             function()
+            exit_code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    return False
+            os._exit(exit_code)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert exit_code in (0, -signal.SIGKILL)
+    return exit_code != 0
 
 
 def die_at(step):

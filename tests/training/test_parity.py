@@ -21,6 +21,7 @@ from vllm.training.parity.localise import ModuleRecorder, first_differing_module
 from vllm.training.parity.score import Scorer
 
 PROMPT, SAMPLED = [5, 9, 2], [7, 11, 3, 1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def model() -> GenericTransformerForCausalLM:
             max_position_embeddings=64,
             initializer_range=0.3,
         )
-    )
+    ).to(DEVICE)
 
 
 def trainer_logprobs(model, ids) -> torch.Tensor:
@@ -160,7 +161,8 @@ def test_a_temperature(model):
     scorer = Scorer(model)
     whole = PROMPT + SAMPLED
     hidden_states = scorer.hidden_states([whole], [range(len(whole))])
-    logprobs = scorer.token_logprobs(hidden_states[2:-1], torch.tensor(SAMPLED), 0.7)
+    targets = torch.tensor(SAMPLED, device=DEVICE)
+    logprobs = scorer.token_logprobs(hidden_states[2:-1], targets, 0.7)
     for value, token, entry in zip(logprobs, SAMPLED, output.outputs[0].logprobs):
         entry[token].logprob = value.item()
     assert parity.compare(model, [output], temperature=0.7).all_equal
@@ -188,7 +190,7 @@ class Scaled(Batched):
 
 
 def test_a_batched_model_is_left_as_it_was():
-    model = Batched()
+    model = Batched().to(DEVICE)
     model.inner.eval()
     outputs = [an_output(model), an_output(model, [1, 2], [3])]
     assert parity.compare(model, outputs).all_equal
@@ -200,7 +202,7 @@ def test_a_batched_model_is_left_as_it_was():
 
 def test_what_follows_the_head_is_refused():
     with pytest.raises(TypeError, match="Scaled is its head"):
-        Scorer(Scaled())
+        Scorer(Scaled().to(DEVICE))
 
 
 def test_nothing_to_compare(model):

@@ -133,4 +133,4 @@ def test_sinks_in_fp16_are_loaded_in_place(make_llm, tmp_path):
 
 def sinks_in_use(model):
     layers = [m for m in model.modules() if isinstance(m, TrainableAttention)]
-    return layers[0].engine.impl.sinks.detach().float().clone()
+    return layers[0].engine.impl.sinks.detach().float().cpu()

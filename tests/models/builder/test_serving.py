@@ -267,6 +267,8 @@ def test_heads_that_the_ranks_do_not_divide(make_llm, tmp_path):
 
 
 def test_a_head_size_without_a_kernel(make_llm, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("of CPUs: vLLM's FlexAttention for CUDA takes any head size")
     save_generic(tmp_path, head_dim=16)
     ModelRegistry.register_model(GENERIC, build_generic)
     with pytest.raises(ValueError, match="attn.*head_size=16; it has .*64"):
