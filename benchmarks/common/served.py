@@ -96,7 +96,8 @@ def compare(
 ) -> list[list[float]]:
     """Tokens per second of each engine for each load.
 
-    All engines get the cores of one NUMA node, as those of a machine differ in speed.
+    All engines get the cores of one NUMA node, as those of a machine differ in speed;
+    engines that run at once share them out, because the workers of an idle engine poll.
     They are started twice, in either order, because a process keeps the memory that it
     was given and the machine's speed changes; a rate is the geometric mean of the two
     medians. The first two runs of a load are not counted.
@@ -125,12 +126,24 @@ def compare(
     ]
 
 
-def _cores_of_a_node() -> set[int]:
-    """Those of this process's cores on the NUMA node that has the most of them."""
+def _cores_of_a_node() -> list[set[int]]:
+    """Of the NUMA node with the most of this process's cores, the threads of each."""
     own = os.sched_getaffinity(0)
     nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    cores = [{i for i in own if (node / f"cpu{i}").exists()} for node in nodes]
-    return max(cores, key=len, default=own) or own
+    of_nodes = [{i for i in own if (node / f"cpu{i}").exists()} for node in nodes]
+    cores: dict[str, set[int]] = {}
+    for i in sorted(max(of_nodes, key=len, default=own) or own):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list")
+        cores.setdefault(siblings.read_text(), set()).add(i)
+    return list(cores.values())
+
+
+def shared_out(cores: Sequence[set[int]], count: int) -> list[set[int]]:
+    """The threads of equal parts of the cores, or of all where there are too few."""
+    size = len(cores) // count
+    if size == 0:
+        return [set().union(*cores)] * count
+    return [set().union(*cores[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[float]:
@@ -147,7 +160,8 @@ def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[fl
 @contextmanager
 def _started(commands: Sequence[Command]) -> Iterator[list[Served]]:
     """Engines that are ready; they end whatever happens."""
-    engines = [Served(command) for command in commands]
+    shares = shared_out(_cores_of_a_node(), len(commands))
+    engines = [Served(*each) for each in zip(commands, shares)]
     try:
         for engine in engines:
             engine.wait_until_ready()
@@ -158,9 +172,14 @@ def _started(commands: Sequence[Command]) -> Iterator[list[Served]]:
 
 
 class Served:
-    """An engine in a process of its own, which begins to start."""
+    """An engine in a process of its own, which begins to start.
 
-    def __init__(self, command: Command) -> None:
+    Args:
+        command: that starts it.
+        cores: that it runs on.
+    """
+
+    def __init__(self, command: Command, cores: set[int]) -> None:
         variables = {"VLLM_LOGGING_LEVEL": "WARNING", **dict(command.environment)}
         self.process = subprocess.Popen(
             [sys.executable, sys.argv[0], *command.arguments],
@@ -171,7 +190,7 @@ class Served:
             start_new_session=True,
         )
         # Not this process, which may measure something else.
-        os.sched_setaffinity(self.process.pid, _cores_of_a_node())
+        os.sched_setaffinity(self.process.pid, cores)
 
     def wait_until_ready(self) -> None:
         assert self._answer() == "ready"
