@@ -23,11 +23,17 @@ FOLDER = Path(os.environ["CHECKS_FOLDER"])
 RANK, RESTART = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 
 
+def note(what):
+    (FOLDER / f"{what}-{sys.argv[1]}-{RESTART}").write_text(str(time.time()))
+
+
 def die():
+    note("stopped")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang():
+    note("stopped")
     time.sleep(600)
 
 
@@ -69,20 +75,19 @@ def stopped_in_a_step(model, optimizer, context, stop):
 
 
 def main():
+    note(f"rank-{RANK}-started")
     stop = {"killed": die, "hanging": hang}[sys.argv[1]]
     timeout = None if stop is die else timedelta(seconds=4)
     context = training.initialize_parallel(2, timeout=timeout)
     model, optimizer = resumed(context)
-    began = time.monotonic()
     try:
         if stop is die and RESTART == "0":
             killed_in_a_save(model, optimizer)
         else:
             stopped_in_a_step(model, optimizer, context, stop)
     except Exception as error:
-        waited = time.monotonic() - began
-        name = f"rank-{RANK}-{sys.argv[1]}-{RESTART}"
-        (FOLDER / name).write_text(f"{waited:.1f}\n{type(error).__name__}: {error}")
+        name = f"rank-{RANK}-error-{sys.argv[1]}-{RESTART}"
+        (FOLDER / name).write_text(f"{type(error).__name__}: {error}")
         raise
 
 
