@@ -3,9 +3,11 @@
 """Where an engine's time goes: the model of `price.py` under torch's profiler.
 
 Prints the wall time of a decode step and the kernels by their time on the GPU (on CPU
-the ops), for the mode that VLLM_BATCH_INVARIANT says:
+the ops), for the mode that VLLM_BATCH_INVARIANT says, or of vLLM's own Llama of the
+same shape:
 
     VLLM_BATCH_INVARIANT=1 python benchmarks/parity/engine_kernels.py --requests 1 256
+    python benchmarks/parity/engine_kernels.py --llama --requests 16
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from generic_model import make_engine
-from price import CONFIG, DTYPE, MEMORY, ON_CUDA
+from price import CONFIG, DTYPE, MEMORY, ON_CUDA, SIZES
 from served import Load, seconds_of
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
 
 ACTIVITY = ProfilerActivity.CUDA if ON_CUDA else ProfilerActivity.CPU
 LINES = 25
 REPETITIONS = 5
+SHAPE = (*SIZES, "intermediate_size", "max_position_embeddings")
 
 
 def main() -> None:
@@ -37,9 +41,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each")
     parser.add_argument("--new", type=int, default=64, help="tokens of each")
+    parser.add_argument("--llama", action="store_true", help="vLLM's own model")
     args = parser.parse_args()
+    config = CONFIG
+    if args.llama:
+        sizes = {name: getattr(CONFIG, name) for name in SHAPE}
+        config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
     with tempfile.TemporaryDirectory() as directory:
-        CONFIG.save_pretrained(directory)
+        config.save_pretrained(directory)
         llm = make_engine(directory, DTYPE, **MEMORY)
     for requests in args.requests:
         whole = Load(requests, args.prompt, args.new)
