@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -59,19 +60,18 @@ def run_tests(name: str, tree: Path, sources: Path, folder: Path) -> Outcomes:
         name: Of the tree, for messages and files.
         tree: Comes first on the path.
         sources: vLLM's source tree, in which the tests run.
-        folder: Gets caches, temporary files, the log and the outcomes.
+        folder: Gets caches, the log and the outcomes.
 
     Raises:
         OverlayError: The tests would import another vLLM.
     """
     home = folder / f"home-{name}"
-    (home / "tmp").mkdir(parents=True)
+    home.mkdir(parents=True)
     outcomes = folder / f"{name}.jsonl"
     path = [tree, TOOLS, sources / "tests" / "vllm_test_utils"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "OUTCOMES": str(outcomes),
-        "TMPDIR": str(home / "tmp"),
         "XDG_CACHE_HOME": str(home),
         "HF_HOME": str(home / "huggingface"),
         "VLLM_CACHE_ROOT": str(home / "vllm"),
@@ -91,9 +91,14 @@ def run_tests(name: str, tree: Path, sources: Path, folder: Path) -> Outcomes:
     command += [f"tests/{test}" for test in tests]
     log = folder / f"{name}.log"
     print(f"{name}: {len(tests)} files, log in {log}", flush=True)
-    with log.open("w") as output:
+    # The path of a socket, such as one of Ray's, has a hundred characters at most.
+    with log.open("w") as output, tempfile.TemporaryDirectory() as temporary:
         subprocess.run(
-            command, env=environment, cwd=sources, stdout=output, stderr=output
+            command,
+            env=environment | {"TMPDIR": temporary},
+            cwd=sources,
+            stdout=output,
+            stderr=output,
         )
     return read_outcomes(outcomes)
 
