@@ -92,7 +92,8 @@ def run_tests(name: str, tree: Path, sources: Path, folder: Path) -> Outcomes:
     log = folder / f"{name}.log"
     print(f"{name}: {len(tests)} files, log in {log}", flush=True)
     # The path of a socket, such as one of Ray's, has a hundred characters at most.
-    with log.open("w") as output, tempfile.TemporaryDirectory() as temporary:
+    short = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with log.open("w") as output, short as temporary:
         subprocess.run(
             command,
             env=environment | {"TMPDIR": temporary},
