@@ -110,8 +110,8 @@ def note_ended(executor: Any) -> None:
             return
         handles = getattr(executor, "workers", None) or ()
         processes = {handle.proc.sentinel: handle.proc for handle in handles}
-        for sentinel in wait(list(processes), timeout=0):
-            note_death(executor, _described(processes[sentinel]))
+        if ended := wait(list(processes), timeout=0):
+            note_death(executor, _described(processes[ended[0]]))
 
 
 def raise_death(executor: Any) -> None:
