@@ -24,7 +24,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from generic_model import make_engine
-from price import CONFIG, DTYPE, MEMORY, ON_CUDA, SIZES
+from price import CONFIG, DTYPE, MEMORY, ON_CUDA
 from served import Load, seconds_of
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
@@ -32,7 +32,6 @@ from transformers import LlamaConfig
 ACTIVITY = ProfilerActivity.CUDA if ON_CUDA else ProfilerActivity.CPU
 LINES = 25
 REPETITIONS = 5
-SHAPE = (*SIZES, "intermediate_size", "max_position_embeddings")
 
 
 def main() -> None:
@@ -45,8 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     config = CONFIG
     if args.llama:
-        sizes = {name: getattr(CONFIG, name) for name in SHAPE}
-        config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+        fields = CONFIG.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+        config = LlamaConfig.from_dict(fields)
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         llm = make_engine(directory, DTYPE, **MEMORY)

@@ -33,19 +33,21 @@ from vllm.model_executor.models.generic_transformer import (
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-SIZES = (
-    dict(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    )
-    if ON_CUDA
-    else DEMO
+CONFIG = GenericTransformerConfig(
+    max_position_embeddings=4096,
+    **(
+        dict(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+        )
+        if ON_CUDA
+        else DEMO
+    ),
 )
-CONFIG = GenericTransformerConfig(**SIZES, max_position_embeddings=4096)
 LOADS = (
     [Load(1, 128, 256), Load(16, 256, 256), Load(256, 256, 256)]
     if ON_CUDA
