@@ -3,12 +3,13 @@
 """Engines in processes of their own, measured in turns.
 
 A benchmark starts its own file once more for each engine, with what the engine is, and
-calls `answer_loads` there.
+calls `answer_loads` there. Front end and scheduler share that process: messages between
+two of them may cost a host more than what is compared.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import signal
 import statistics
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # What a serving process begins its answers with.
 _ANSWER = "ANSWER"
+# In which order the engines are started in each round: as given, or reversed.
+_ORDERS = (1, -1, -1, 1)
 
 
 class Load(NamedTuple):
@@ -92,38 +95,35 @@ def compare(
     engines: Sequence[Command],
     loads: Sequence[Load],
     repetitions: int,
-    at_once: bool,
-) -> list[list[float]]:
-    """Tokens per second of each engine for each load.
+    poll: bool,
+) -> list[list[list[float]]]:
+    """Tokens per second of each engine for each load in each round.
 
-    All engines get the cores of one NUMA node, as those of a machine differ in speed;
-    engines that run at once share them out, because the workers of an idle engine poll.
-    They are started twice, in either order, because a process keeps the memory that it
-    was given and the machine's speed changes; a rate is the geometric mean of the two
-    medians. The first two runs of a load are not counted.
+    All engines run on the cores of one NUMA node, as those of a machine differ in speed,
+    and take turns. They are started once a round, as often in one order as in the other,
+    because a process keeps the memory that it was given and the machine's speed changes.
+    The first two runs of a load are not counted.
 
     Args:
         engines: to compare.
         loads: for each.
-        repetitions: of a load in each of the two rounds.
-        at_once: all engines run and take turns; else one runs at a time, for machines
-            with so few cores that an idle engine, which polls, is in the way.
+        repetitions: of a load in each round.
+        poll: whether an idle engine polls, as one with workers does. With GPUs they
+            share the cores out then, without they run one after the other.
 
     Returns:
-        For each engine its rates in the order of loads.
+        `[engine][load][round]`, medians of the repetitions.
     """
     rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
-    for order in (1, -1):
+    for order in _ORDERS:
         ordered = engines[::order]
-        for group in [ordered] if at_once else [[engine] for engine in ordered]:
-            with _started(group) as started:
+        one_by_one = poll and not torch.cuda.is_available()
+        for group in [[each] for each in ordered] if one_by_one else [ordered]:
+            with _started(group, poll) as started:
                 medians = [_medians(started, load, repetitions) for load in loads]
             for engine, of_loads in zip(group, zip(*medians)):
                 rates[engine].append(of_loads)
-    return [
-        [math.sqrt(math.prod(medians)) for medians in zip(*rates[engine])]
-        for engine in engines
-    ]
+    return [[list(rounds) for rounds in zip(*rates[engine])] for engine in engines]
 
 
 def _cores_of_a_node() -> list[set[int]]:
@@ -158,10 +158,10 @@ def _medians(engines: Sequence[Served], load: Load, repetitions: int) -> list[fl
 
 
 @contextmanager
-def _started(commands: Sequence[Command]) -> Iterator[list[Served]]:
+def _started(commands: Sequence[Command], share: bool) -> Iterator[list[Served]]:
     """Engines that are ready; they end whatever happens."""
-    shares = shared_out(_cores_of_a_node(), len(commands))
-    engines = [Served(*each) for each in zip(commands, shares)]
+    parts = shared_out(_cores_of_a_node(), len(commands) if share else 1)
+    engines = [Served(*each) for each in zip(commands, itertools.cycle(parts))]
     try:
         for engine in engines:
             engine.wait_until_ready()
@@ -180,7 +180,11 @@ class Served:
     """
 
     def __init__(self, command: Command, cores: set[int]) -> None:
-        variables = {"VLLM_LOGGING_LEVEL": "WARNING", **dict(command.environment)}
+        variables = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            **dict(command.environment),
+        }
         self.process = subprocess.Popen(
             [sys.executable, sys.argv[0], *command.arguments],
             env=os.environ | variables,

@@ -4,10 +4,12 @@
 
 Engines, each in a process of its own that started with or without
 VLLM_BATCH_INVARIANT, serve the same requests; the trainer runs forward and
-backward of the same batch in turns in one process. On CUDA the model has 1.7 B
-parameters and bf16, on CPU it is the demo's in fp32.
+backward of the same batch in turns in one process. On CUDA the models are in bf16: one
+of 1.7B parameters, whose steps may end before the host has prepared the next, and for
+the engine one of 8B. On CPU it is the demo's in fp32.
 
     python benchmarks/parity/price.py [--out build/bench] [--only engine trainer]
+    python benchmarks/parity/price.py --model 8B --only engine
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
-from generic_model import DEMO, count_parameters, loss_of, make_engine
+from generic_model import DEMO, WIDTH_OF_8B, count_parameters, loss_of, make_engine
 from measure import medians
 from record import write_record
 from served import Command, Load, answer_loads, compare, graphs_of
@@ -33,25 +37,61 @@ from vllm.model_executor.models.generic_transformer import (
 
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-CONFIG = GenericTransformerConfig(
-    max_position_embeddings=4096,
-    **(
-        dict(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=6144,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
+
+
+class Model(NamedTuple):
+    """What is served and trained.
+
+    Attributes:
+        sizes: fields of its config.
+        loads: for the engine.
+        kv_cache: of an engine, GiB; two share a GPU.
+    """
+
+    sizes: dict[str, int]
+    loads: list[Load]
+    kv_cache: int | None = None
+
+    @property
+    def config(self) -> GenericTransformerConfig:
+        return GenericTransformerConfig(
+            **{"max_position_embeddings": 4096} | self.sizes
         )
-        if ON_CUDA
-        else DEMO
-    ),
-)
-LOADS = (
-    [Load(1, 128, 256), Load(16, 256, 256), Load(256, 256, 256)]
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        if self.kv_cache is None:
+            return {}
+        return {
+            "kv_cache_memory_bytes": self.kv_cache << 30,
+            "gpu_memory_utilization": 0.4,
+        }
+
+
+MODELS = (
+    {
+        "1.7B": Model(
+            dict(
+                vocab_size=151936,
+                hidden_size=2048,
+                intermediate_size=6144,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+            ),
+            [Load(1, 128, 256), Load(16, 256, 256), Load(256, 256, 256)],
+            kv_cache=18,
+        ),
+        "8B": Model(
+            WIDTH_OF_8B | dict(vocab_size=128256, num_hidden_layers=32),
+            [Load(1, 128, 128), Load(16, 256, 128), Load(256, 256, 128)],
+            kv_cache=13,
+        ),
+    }
     if ON_CUDA
-    else [Load(1, 128, 128), Load(16, 128, 64), Load(64, 128, 32)]
+    else {
+        "demo": Model(DEMO, [Load(1, 128, 128), Load(16, 128, 64), Load(64, 128, 32)])
+    }
 )
 TARGETS = (
     {"engine": 0.97, "trainer": 0.98}
@@ -61,44 +101,49 @@ TARGETS = (
         "trainer": 0.9,
     }
 )
-# Of one of two engines on one GPU.
-MEMORY = (
-    {"kv_cache_memory_bytes": 18 << 30, "gpu_memory_utilization": 0.4}
-    if ON_CUDA
-    else {}
-)
-# Of each load in each mode.
-REPETITIONS = 5
+# Of each load in each mode and round.
+REPETITIONS = 3
 # Sequences and tokens of each.
 BATCH = (4, 4096) if ON_CUDA else (8, 256)
 
 
-def engine() -> list[dict[str, object]]:
+def engine(name: str) -> list[dict[str, object]]:
     """Rows of the engine: tokens per second in the two modes."""
-    rows = []
+    rows, loads = [], MODELS[name].loads
     with tempfile.TemporaryDirectory() as directory:
-        CONFIG.save_pretrained(directory)
+        MODELS[name].config.save_pretrained(directory)
+        arguments = ("--model", name, "--serve", directory)
         engines = [
-            Command(("--serve", directory), (("VLLM_BATCH_INVARIANT", mode),))
-            for mode in ("0", "1")
+            Command(arguments, (("VLLM_BATCH_INVARIANT", mode),)) for mode in ("0", "1")
         ]
-        rates = compare(engines, LOADS, REPETITIONS, at_once=ON_CUDA)
-    for load, normal, invariant in zip(LOADS, *rates):
-        ratio = invariant / normal
-        rows.append(row(f"engine, {load}", "tokens/s", normal, invariant, ratio))
+        rates = compare(engines, loads, REPETITIONS, poll=False)
+    for load, *of_modes in zip(loads, *rates):
+        case = f"engine, {load}"
+        rounds = [mode / normal for normal, mode in zip(*of_modes)]
+        found = row(case, "tokens/s", *map(median, of_modes), median(rounds))
+        rows.append(found | {"rounds": rounds})
     return rows
 
 
-def trainer() -> list[dict[str, object]]:
+def serve(name: str, directory: str) -> None:
+    """Answer loads with the model of a directory."""
+    model = MODELS[name]
+    options = {"compilation_config": graphs_of(model.loads)} if ON_CUDA else {}
+    llm = make_engine(directory, DTYPE, **options, **model.engine_options)
+    answer_loads(llm, model.config.vocab_size)
+
+
+def trainer(name: str) -> list[dict[str, object]]:
     """One row: milliseconds of forward and backward in the two modes."""
     from vllm.training import batch_invariant
 
     device = torch.device("cuda" if ON_CUDA else "cpu")
     torch.manual_seed(0)
+    config = MODELS[name].config
     with device:
-        model = GenericTransformerForCausalLM(CONFIG).to(DTYPE)
+        model = GenericTransformerForCausalLM(config).to(DTYPE)
     batch, seq = BATCH
-    ids = torch.randint(CONFIG.vocab_size, (batch, seq + 1), device=device)
+    ids = torch.randint(config.vocab_size, (batch, seq + 1), device=device)
 
     def step(mode: contextlib.AbstractContextManager[None]) -> None:
         with mode:
@@ -140,23 +185,24 @@ def row(
 
 
 def main() -> None:
-    """Measure, print and write `price.json`."""
+    """Measure, print and write `price_MODEL.json`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    names = list(MODELS)
+    parser.add_argument("--model", choices=names, default=names[0])
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        options = {"compilation_config": graphs_of(LOADS)} if ON_CUDA else {}
-        llm = make_engine(args.serve, DTYPE, **options, **MEMORY)
-        answer_loads(llm, CONFIG.vocab_size)
+        serve(args.model, args.serve)
         return
     measures = {"engine": engine, "trainer": trainer}
-    rows = [row for name in args.only for row in measures[name]()]
+    rows = [row for name in args.only for row in measures[name](args.model)]
     write_record(
-        args.out / "price.json",
+        args.out / f"price_{args.model}.json",
         torch.device("cuda" if ON_CUDA else "cpu"),
-        parameters=count_parameters(CONFIG),
+        model=args.model,
+        parameters=count_parameters(MODELS[args.model].config),
         rows=rows,
     )
 

@@ -120,8 +120,9 @@ def _subjects() -> list[Subject]:
         ]
         compiled = [("demo", "bfloat16"), ("GPT-2", "float32")]
         return eager + [Subject(*each, "CPU_ATTN", False) for each in compiled]
-    # fp32 is not claimed on CUDA, nor a window in FlashAttention.
+    # FlashAttention takes no fp32; a window in it is not claimed.
     return [
+        Subject("demo", "float32", "TRITON_ATTN", False),
         *(Subject("demo", "bfloat16", b, e) for b in BACKENDS for e in (True, False)),
         *(Subject("GPT-2", "bfloat16", b, b == "FLASH_ATTN") for b in BACKENDS),
         *(Subject("window", "bfloat16", "TRITON_ATTN", e) for e in (True, False)),

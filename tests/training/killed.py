@@ -2,33 +2,56 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A process that is killed while it writes files."""
 
+import functools
+import multiprocessing
 import os
 import signal
 import traceback
+from multiprocessing import forkserver
+from unittest import mock
 
 import torch
 
 from vllm.training import checkpoint_files
 
 
-def killed_at(step, function):
-    """Run in a process that dies at its step-th change of a file; whether it did."""
-    child = os.fork()
-    if child == 0:
-        exit_code = 1
-        try:
-            # A fork cannot use its parent's GPUs; what is saved is on the CPU.
-            torch.cuda.is_available = lambda: False
-            die_at(step)
-            function()
-            exit_code = 0
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(exit_code)
-    exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert exit_code in (0, -signal.SIGKILL)
-    return exit_code != 0
+def killed_at(step, function, *args):
+    """Run in a process that dies at its step-th change of a file; whether it did.
+
+    The process sees no GPU: what is saved is on the CPU.
+    """
+    context = fork_context()
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=run, args=(step, sender, function, args))
+    child.start()
+    sender.close()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), receiver.recv()
+    return child.exitcode != 0
+
+
+@functools.cache
+def fork_context():
+    """Forks of a process that has imported this module and computed nothing.
+
+    A fork of the tests' process could not use a GPU that they have used.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        forkserver.ensure_running()
+    return context
+
+
+def run(step, errors, function, args):
+    """In the process: leave without its exit handlers, which change files, too."""
+    try:
+        die_at(step)
+        function(*args)
+    except Exception:
+        errors.send(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
 
 
 def die_at(step):

@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Saves that are killed at any point leave the old checkpoint or the new one."""
 
-from functools import partial
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,7 +56,7 @@ def test_killed_anywhere(tmp_path, old, new):
         directory = tmp_path / str(step)
         save(directory, 1.0, old)
         (directory / "tokenizer.json").write_text("{}")
-        if not killed_at(step, partial(save, directory, 2.0, new)):
+        if not killed_at(step, save, directory, 2.0, new):
             break
         kills += 1
         values.add(content(directory))

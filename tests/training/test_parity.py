@@ -21,7 +21,8 @@ from vllm.training.parity.localise import ModuleRecorder, first_differing_module
 from vllm.training.parity.score import Scorer
 
 PROMPT, SAMPLED = [5, 9, 2], [7, 11, 3, 1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_CUDA else ("cpu", torch.float32)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def model() -> GenericTransformerForCausalLM:
             max_position_embeddings=64,
             initializer_range=0.3,
         )
-    ).to(DEVICE)
+    ).to(DEVICE, DTYPE)
 
 
 def trainer_logprobs(model, ids) -> torch.Tensor:

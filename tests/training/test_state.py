@@ -153,7 +153,7 @@ def test_killed_anywhere(tmp_path):
     training.save_state(*old, tmp_path / "old")
     unfinished, refused = tmp_path / ".new.unfinished", 0
     step = 1
-    while killed_at(step, lambda: training.save_state(*new, tmp_path / "new")):
+    while killed_at(step, training.save_state, *new, tmp_path / "new"):
         assert not (tmp_path / "new").exists()
         # What is written last but for the directory's name.
         if not (unfinished / "optimizer.pt").exists():

@@ -44,7 +44,7 @@ def test_each_position_has_its_token(lengths, max_seqlen, device):
     ("change", "reason"),
     [
         ({"device_type": "cpu", "capability": (0, 0)}, "runs on cuda"),
-        ({"dtype": torch.float32}, "takes torch.bfloat16, torch.float16"),
+        ({"dtype": torch.float64}, "takes torch.float32, torch.bfloat16, torch.flo"),
         ({"features": ("alibi_slopes",)}, "has no alibi_slopes"),
         ({"features": ("non_causal",)}, "has no non_causal"),
         ({"head_size": 24}, "takes heads of at least 32"),
@@ -65,6 +65,7 @@ def test_what_it_cannot_compute_is_refused(change, reason, monkeypatch):
     [
         {"head_size": 80},
         {"head_size": 256, "dtype": torch.float16},
+        {"dtype": torch.float32, "batch_invariant": True},
         {"capability": (8, 0), "features": ("logits_soft_cap",)},
         {"features": ("sliding_window",), "batch_invariant": True},
         {"features": ("sliding_window", "logits_soft_cap", "sinks")},

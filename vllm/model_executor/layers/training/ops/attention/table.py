@@ -247,9 +247,10 @@ FORWARDS = {
     ),
     "torch_flash": _torch_flash(torch_flash.forward),
     "triton": _triton(attention_forward_triton),
-    # Its products of fp32 are in TF32.
+    # Its products of fp32 are in TF32, as the engine's.
     "vllm_triton": Kernel(
         vllm_triton.forward,
+        dtypes=KERNEL_DTYPES,
         features=NO_ALIBI - {"non_causal"},
         batch_invariant=True,
         limit=_limit_vllm_triton,
@@ -332,7 +333,7 @@ def choose(request: Request, name: str = "") -> tuple[Kernel, Kernel]:
     else:
         name = default_for(request) or ""
         if not name:
-            raise ValueError(f"No attention implementation can compute {request}.")
+            raise ValueError(_refusal(request))
     _log_choice(name, request.device_type, ", ".join(request.features) or "none")
     forward, backward = IMPLEMENTATIONS[name]
     return FORWARDS[forward], BACKWARDS[backward]
@@ -357,6 +358,17 @@ def objections(name: str, request: Request) -> list[str]:
     if request.batch_invariant and not FORWARDS[forward].batch_invariant:
         reasons["its output"] = "has not the bits of the engine"
     return [f"{kernel} {reason}" for kernel, reason in reasons.items() if reason]
+
+
+def _refusal(request: Request) -> str:
+    """That none can, and why not those of its device and its mode."""
+    reasons = [
+        f"{name}: {'; '.join(objections(name, request))}"
+        for name, (forward, _) in IMPLEMENTATIONS.items()
+        if FORWARDS[forward].device_type in (None, request.device_type)
+        and (FORWARDS[forward].batch_invariant or not request.batch_invariant)
+    ]
+    return f"No attention implementation can compute {request}. {'. '.join(reasons)}."
 
 
 @functools.cache
