@@ -99,10 +99,10 @@ def compare(
 ) -> list[list[list[float]]]:
     """Tokens per second of each engine for each load in each round.
 
-    All engines run on the cores of one NUMA node, as those of a machine differ in speed,
-    and take turns. They are started once a round, as often in one order as in the other,
-    because a process keeps the memory that it was given and the machine's speed changes.
-    The first two runs of a load are not counted.
+    All engines run on the cores of one NUMA node, as those of a machine differ in
+    speed, and take turns. They are started once a round, as often in one order as in
+    the other, because a process keeps the memory that it was given and the machine's
+    speed changes. The first two runs of a load are not counted.
 
     Args:
         engines: to compare.
