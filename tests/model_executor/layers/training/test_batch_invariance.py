@@ -81,6 +81,16 @@ def test_rows_of_a_product_do_not_depend_on_their_number(dtype, bias, assert_equ
 
 
 # On CUDA vLLM's kernel multiplies fp32 in TF32.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_a_deep_product_do_not_depend_on_their_number(dtype, assert_equal):
+    """AMX, where a CPU has it, adds up many columns in several orders."""
+    weight, x = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    with batch_invariant():
+        whole = linear(x, weight)
+        for rows in (2, 33, 64, 129, 255):
+            assert_equal(f"{rows} rows", linear(x[:rows], weight), whole[:rows])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16] + ([] if ON_CUDA else [torch.float32])
 )

@@ -4,7 +4,7 @@
 
 They are oneDNN's, as in the CPU engine. A row's bits depend on M at M = 1 only, where
 some machines run another kernel, so one row is multiplied as two. A dtype for which
-oneDNN has no product on this machine is multiplied in fp32, which is exact for the
+oneDNN has no such product on this machine is multiplied in fp32, which is exact for the
 products of 16-bit numbers, and rounded once.
 """
 
@@ -62,6 +62,9 @@ class PackedWeight:
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which dtype this machine multiplies inputs of a dtype.
 
+    AMX multiplies 16-bit numbers, and oneDNN adds its products of more than some 500
+    columns in an order that depends on the number of rows (vLLM 0.32.0).
+
     Raises:
         RuntimeError: vLLM's build for CPU, whose oneDNN this is, is not there.
     """
@@ -71,6 +74,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
             "Batch-invariant mode on CPU multiplies with vLLM's oneDNN, which this "
             "build of vLLM does not have; install vLLM's build for CPU."
         )
+    if dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
+        return torch.float32
     try:
         onednn.pack(torch.zeros(32, 32, dtype=dtype))
     except RuntimeError:
