@@ -37,6 +37,7 @@ WIDTH_OF_8B = dict(
     num_key_value_heads=8,
     max_position_embeddings=4096,
 )
+SIZES_OF_8B = WIDTH_OF_8B | dict(vocab_size=128256, num_hidden_layers=32)
 
 
 def count_parameters(config: GenericTransformerConfig) -> int:

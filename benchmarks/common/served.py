@@ -54,6 +54,11 @@ def graphs_of(loads: Sequence[Load]) -> dict[str, list[int]]:
     return {"cudagraph_capture_sizes": [load.requests for load in loads]}
 
 
+def half_a_gpu(kv_cache: int) -> dict[str, int | float]:
+    """Options of an engine that shares its GPUs with another; kv_cache in GiB."""
+    return {"kv_cache_memory_bytes": kv_cache << 30, "gpu_memory_utilization": 0.4}
+
+
 def answer_loads(llm: LLM, vocab_size: int) -> None:
     """For each load on stdin, print how many tokens per second it got."""
     print(_ANSWER, "ready", flush=True)
@@ -115,15 +120,33 @@ def compare(
         `[engine][load][round]`, medians of the repetitions.
     """
     rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
+    one_by_one = poll and not torch.cuda.is_available()
     for order in _ORDERS:
         ordered = engines[::order]
-        one_by_one = poll and not torch.cuda.is_available()
         for group in [[each] for each in ordered] if one_by_one else [ordered]:
             with _started(group, poll) as started:
                 medians = [_medians(started, load, repetitions) for load in loads]
             for engine, of_loads in zip(group, zip(*medians)):
                 rates[engine].append(of_loads)
     return [[list(rounds) for rounds in zip(*rates[engine])] for engine in engines]
+
+
+class Ratio(NamedTuple):
+    """The speed of one engine over another's.
+
+    Attributes:
+        rounds: the ratio of each.
+        median: theirs.
+    """
+
+    rounds: list[float]
+    median: float
+
+    @classmethod
+    def of(cls, rates: Sequence[float], others: Sequence[float]) -> Ratio:
+        """Of tokens per second in each round."""
+        rounds = [rate / other for rate, other in zip(rates, others)]
+        return cls(rounds, statistics.median(rounds))
 
 
 def _cores_of_a_node() -> list[set[int]]:

@@ -20,9 +20,17 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
-from generic_model import DEMO, WIDTH_OF_8B, make_engine
+from generic_model import DEMO, SIZES_OF_8B, make_engine
 from record import write_record
-from served import Command, Load, answer_loads, compare, graphs_of
+from served import (
+    Command,
+    Load,
+    Ratio,
+    answer_loads,
+    compare,
+    graphs_of,
+    half_a_gpu,
+)
 from transformers import LlamaConfig
 
 from vllm.model_executor.models.generic_transformer import GenericTransformerConfig
@@ -30,7 +38,7 @@ from vllm.model_executor.models.generic_transformer import GenericTransformerCon
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 SIZES = (
-    WIDTH_OF_8B | dict(vocab_size=128256, num_hidden_layers=32)
+    SIZES_OF_8B
     if ON_CUDA
     else DEMO | dict(intermediate_size=768, max_position_embeddings=4096)
 )
@@ -42,11 +50,7 @@ LOADS = (
 )
 REPETITIONS = 3
 # Of one of two engines on each GPU.
-MEMORY = (
-    {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.4}
-    if ON_CUDA
-    else {}
-)
+MEMORY = half_a_gpu(kv_cache=12) if ON_CUDA else {}
 TARGET = 0.98
 
 
@@ -98,20 +102,19 @@ def row(
 ) -> dict[str, object]:
     """One measurement, in tokens per second."""
     ours, vllms = median(ours_of_rounds), median(vllms_of_rounds)
-    rounds = [mine / theirs for mine, theirs in zip(ours_of_rounds, vllms_of_rounds)]
-    ratio = median(rounds)
-    verdict = "met" if ratio >= TARGET else "missed"
+    ratio = Ratio.of(ours_of_rounds, vllms_of_rounds)
+    verdict = "met" if ratio.median >= TARGET else "missed"
     print(
-        f"{load}: vLLM's {vllms:.4g}, ours {ours:.4g} tokens/s, {ratio:.3f} of the "
-        f"speed (target {TARGET}, {verdict})",
+        f"{load}: vLLM's {vllms:.4g}, ours {ours:.4g} tokens/s, {ratio.median:.3f} of "
+        f"the speed (target {TARGET}, {verdict})",
         flush=True,
     )
     return {
         "case": str(load),
         "ours": ours,
         "vllm": vllms,
-        "ratio": ratio,
-        "rounds": rounds,
+        "ratio": ratio.median,
+        "rounds": ratio.rounds,
     }
 
 

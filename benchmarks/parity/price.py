@@ -25,10 +25,18 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 import torch
-from generic_model import DEMO, WIDTH_OF_8B, count_parameters, loss_of, make_engine
+from generic_model import DEMO, SIZES_OF_8B, count_parameters, loss_of, make_engine
 from measure import medians
 from record import write_record
-from served import Command, Load, answer_loads, compare, graphs_of
+from served import (
+    Command,
+    Load,
+    Ratio,
+    answer_loads,
+    compare,
+    graphs_of,
+    half_a_gpu,
+)
 
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -54,18 +62,11 @@ class Model(NamedTuple):
 
     @property
     def config(self) -> GenericTransformerConfig:
-        return GenericTransformerConfig(
-            **{"max_position_embeddings": 4096} | self.sizes
-        )
+        return GenericTransformerConfig(**self.sizes)
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        if self.kv_cache is None:
-            return {}
-        return {
-            "kv_cache_memory_bytes": self.kv_cache << 30,
-            "gpu_memory_utilization": 0.4,
-        }
+        return {} if self.kv_cache is None else half_a_gpu(self.kv_cache)
 
 
 MODELS = (
@@ -78,19 +79,23 @@ MODELS = (
                 num_hidden_layers=28,
                 num_attention_heads=16,
                 num_key_value_heads=8,
+                max_position_embeddings=4096,
             ),
             [Load(1, 128, 256), Load(16, 256, 256), Load(256, 256, 256)],
             kv_cache=18,
         ),
         "8B": Model(
-            WIDTH_OF_8B | dict(vocab_size=128256, num_hidden_layers=32),
+            SIZES_OF_8B,
             [Load(1, 128, 128), Load(16, 256, 128), Load(256, 256, 128)],
             kv_cache=13,
         ),
     }
     if ON_CUDA
     else {
-        "demo": Model(DEMO, [Load(1, 128, 128), Load(16, 128, 64), Load(64, 128, 32)])
+        "demo": Model(
+            DEMO | dict(max_position_embeddings=4096),
+            [Load(1, 128, 128), Load(16, 128, 64), Load(64, 128, 32)],
+        )
     }
 )
 TARGETS = (
@@ -117,11 +122,11 @@ def engine(name: str) -> list[dict[str, object]]:
             Command(arguments, (("VLLM_BATCH_INVARIANT", mode),)) for mode in ("0", "1")
         ]
         rates = compare(engines, loads, REPETITIONS, poll=False)
-    for load, *of_modes in zip(loads, *rates):
-        case = f"engine, {load}"
-        rounds = [mode / normal for normal, mode in zip(*of_modes)]
-        found = row(case, "tokens/s", *map(median, of_modes), median(rounds))
-        rows.append(found | {"rounds": rounds})
+    for load, normal, mode in zip(loads, *rates):
+        ratio = Ratio.of(mode, normal)
+        speeds = median(normal), median(mode), ratio.median
+        found = row(f"engine, {load}", "tokens/s", *speeds)
+        rows.append(found | {"rounds": ratio.rounds})
     return rows
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 ON_CUDA = torch.cuda.is_available()
 # The dtypes of the engine's attention on Hopper GPUs.
 DTYPES = [torch.bfloat16] if ON_CUDA else [torch.float32, torch.bfloat16]
-ROWS = (1, 2, 3, 7, 8, 16, 33, 64, 65, 255)
+ROWS = (1, 2, 3, 7, 8, 16, 33, 64, 65, 129, 255)
 
 
 def make_model(dtype):
@@ -62,35 +62,30 @@ def test_the_mode_can_be_nested_and_ends(monkeypatch):
     assert is_batch_invariant()
 
 
+# AMX, where a CPU has it, adds up many columns in several orders.
+@pytest.mark.parametrize(
+    ("num_rows", "depth", "size"), [(300, 200, 72), (1024, 1024, 256)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_a_product_do_not_depend_on_their_number(dtype, bias, assert_equal):
-    weight = torch.randn(72, 200).to(dtype)
-    offset = torch.randn(72).to(dtype) if bias else None
-    x = torch.randn(300, 200).to(dtype)
+def test_rows_of_a_product_do_not_depend_on_their_number(
+    dtype, bias, num_rows, depth, size, assert_equal
+):
+    weight = torch.randn(size, depth).to(dtype)
+    offset = torch.randn(size).to(dtype) if bias else None
+    x = torch.randn(num_rows, depth).to(dtype)
     with batch_invariant():
         whole = linear(x, weight, offset)
         for rows in ROWS:
             assert_equal(
                 f"{rows} rows", linear(x[-rows:], weight, offset), whole[-rows:]
             )
-        assert_equal(
-            "batched", linear(x.view(3, 100, 200), weight, offset)[1], whole[100:200]
-        )
-        assert linear(x[:0], weight, offset).shape == (0, 72)
+        batched = x[:300].view(3, 100, depth)
+        assert_equal("batched", linear(batched, weight, offset)[1], whole[100:200])
+        assert linear(x[:0], weight, offset).shape == (0, size)
 
 
 # On CUDA vLLM's kernel multiplies fp32 in TF32.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_a_deep_product_do_not_depend_on_their_number(dtype, assert_equal):
-    """AMX, where a CPU has it, adds up many columns in several orders."""
-    weight, x = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    with batch_invariant():
-        whole = linear(x, weight)
-        for rows in (2, 33, 64, 129, 255):
-            assert_equal(f"{rows} rows", linear(x[:rows], weight), whole[:rows])
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16] + ([] if ON_CUDA else [torch.float32])
 )
