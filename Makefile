@@ -63,8 +63,9 @@ setup: $(VENV)/.vllm $(VENV)/.test-requirements
 demo: setup
 	$(PY) examples/demo.py
 
+# Two at a time: most of it is single processes that import and compile.
 test: setup
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q --durations=10 -n 2 --dist worksteal
 
 # Collectives and tensor parallelism take as many GPUs as there are, of 1, 2 and 4.
 test-gpu: setup
