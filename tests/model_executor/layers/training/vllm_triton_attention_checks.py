@@ -58,7 +58,7 @@ RAGGED = [1, 5, 0, 63, 123]
 PAGE_SIZES = (16, 48, 64)
 if not IS_CUDA:
     FEATURES = {name: FEATURES[name] for name in ("plain", "window", "all")}
-    SHAPES, RAGGED, PAGE_SIZES = [(3, 1, 40)], [1, 0, 9, 70], (16, 48)
+    SHAPES, RAGGED, PAGE_SIZES = [(6, 2, 40)], [1, 0, 9, 70], (16, 48)
 
 
 class Options(NamedTuple):
