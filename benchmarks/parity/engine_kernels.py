@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Where an engine's time goes: a model of `price.py` under torch's profiler.
 
-Prints the wall time of a decode step and the first rank's kernels by their time on the
-GPU (on CPU the ops), for the mode that VLLM_BATCH_INVARIANT says, or of vLLM's Llama of
-the same shape:
+Prints the wall time of the prefill and of a decode step, and the first rank's kernels
+by their time on the GPU (on CPU the ops), for the mode that VLLM_BATCH_INVARIANT says,
+or of vLLM's Llama of the same shape:
 
     VLLM_BATCH_INVARIANT=1 python benchmarks/parity/engine_kernels.py --requests 1 256
     python benchmarks/parity/engine_kernels.py --llama --requests 16 --tp-size 2
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from generic_model import make_engine
 from price import DTYPE, MODELS, ON_CUDA
-from served import Load, seconds_of
+from served import Load, graphs_of, seconds_of
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -54,10 +54,15 @@ def main() -> None:
         config = LlamaConfig.from_dict(fields)
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
-        options = model.engine_options | {"tensor_parallel_size": args.tp_size}
-        llm = make_engine(directory, DTYPE, **options)
-    for requests in args.requests:
-        whole = Load(requests, args.prompt, args.new)
+        loads = [Load(requests, args.prompt, args.new) for requests in args.requests]
+        llm = make_engine(
+            directory,
+            DTYPE,
+            tensor_parallel_size=args.tp_size,
+            compilation_config=graphs_of(loads),
+            **model.engine_options,
+        )
+    for whole in loads:
         prefill = whole._replace(new=1)
 
         def seconds(load: Load) -> float:
@@ -65,9 +70,10 @@ def main() -> None:
 
         for load in (whole, whole, prefill):
             seconds(load)
-        steps = [seconds(whole) - seconds(prefill) for _ in range(REPETITIONS)]
-        milliseconds = statistics.median(steps) / (whole.new - 1) * 1e3
-        print(f"{whole}: a decode step takes {milliseconds:.3f} ms")
+        times = [(seconds(prefill), seconds(whole)) for _ in range(REPETITIONS)]
+        first, rest = map(statistics.median, zip(*((a, b - a) for a, b in times)))
+        step = rest / (whole.new - 1) * 1e3
+        print(f"{whole}: prefill {first * 1e3:.2f} ms, a decode step {step:.3f} ms")
         for load in (prefill, whole):
             llm.collective_rpc(begin)
             seconds(load)

@@ -20,6 +20,10 @@ modules below may import that one.
     ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
         RowParallelLinear: what our linears become inside the engine.
     UnquantizedLinearMethod: how they create and multiply their weights.
+    GeluAndMul, SiluAndMul: what our gated activations become outside batch-invariant
+        mode.
+    ir_ops: the ops, with `rms_norm` and `fused_add_rms_norm`, that vLLM's compiler
+        passes fuse with others.
     tensor_model_parallel_all_gather: of the engine's tensor-parallel group.
     is_forward_context_available: whether the engine runs a step of a model now.
     ParallelLMHead, VocabParallelEmbedding: what our embedding and head become.
@@ -48,6 +52,7 @@ from typing import Any
 
 import torch
 
+import vllm.kernels  # noqa: F401, gives ir_ops their kernels
 from vllm import envs
 from vllm.config import (
     VllmConfig,
@@ -68,6 +73,8 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.distributed.utils import get_pp_indices
 from vllm.forward_context import is_forward_context_available
+from vllm.ir import ops as ir_ops
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -219,6 +226,7 @@ __all__ = [
     "CONFIG_REGISTRY",
     "ColumnParallelLinear",
     "DEFAULT_VOCAB_PADDING_SIZE",
+    "GeluAndMul",
     "HFConfigParser",
     "IntermediateTensors",
     "LogitsProcessor",
@@ -228,6 +236,7 @@ __all__ = [
     "ParallelLMHead",
     "QKVParallelLinear",
     "RowParallelLinear",
+    "SiluAndMul",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
@@ -249,6 +258,7 @@ __all__ = [
     "has_alibi",
     "init_distributed_environment",
     "initialize_model_parallel",
+    "ir_ops",
     "is_forward_context_available",
     "model_parallel_is_initialized",
     "onednn",

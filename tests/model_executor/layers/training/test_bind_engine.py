@@ -10,9 +10,13 @@ from torch import nn
 
 from vllm import training
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.ir.op import enable_torch_wrap
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    Gelu,
+    GeluAndMul,
+    LayerNorm,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -81,11 +85,56 @@ def test_embedding_and_head_become_vllms(vllm_config):
         assert torch.equal(target[:100], parameter) and target[100:].eq(0).all()
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (5, 3, 8)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+def test_norms_become_vllms_ops(with_residual, shape, vllm_config):
+    layer = RMSNorm(8)
+    nn.init.uniform_(layer.weight)
+    inputs = [torch.randn(shape) for _ in range(1 + with_residual)]
+    engine = layer.bind_engine(vllm_config, "norm")
+    assert engine.weight is layer.weight
+    before = [x.clone() for x in inputs]
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    # As in an engine that compiles; an eager one turns it off for its process.
+    with torch.inference_mode(), enable_torch_wrap(True):
+        for norm in (engine, torch.compile(engine, backend=record)):
+            torch.testing.assert_close(norm(*inputs), layer(*inputs))
+            assert all(map(torch.equal, inputs, before))
+    ops = torch.ops.vllm_ir
+    (graph,) = graphs
+    assert (ops.fused_add_rms_norm if with_residual else ops.rms_norm).default in {
+        getattr(node.target, "default", node.target) for node in graph.graph.nodes
+    }
+
+
+GATED = {
+    upstream.SiluAndMul: SiluAndMul(),
+    upstream.GeluAndMul: GeluAndMul("tanh"),
+}
+
+
+@pytest.mark.parametrize("kind", list(GATED), ids=lambda kind: kind.__name__)
+def test_gated_activations_become_vllms(kind, vllm_config):
+    engine = GATED[kind].bind_engine(vllm_config, "act")
+    assert type(engine) is kind
+    x = torch.randn(5, 3, 16)
+    torch.testing.assert_close(engine(x), GATED[kind](x))
+
+
+def test_batch_invariant_norms_and_activations_stay_themselves(vllm_config):
+    with training.batch_invariant():
+        for layer in (RMSNorm(8), *GATED.values()):
+            assert layer.bind_engine(vllm_config, "layer") is layer
+
+
 def test_the_other_layers_stay_themselves(vllm_config):
-    for layer in (RMSNorm(8), SiluAndMul(), RotaryEmbedding(8)):
+    for layer in (LayerNorm(8), Gelu(), RotaryEmbedding(8), VLLMFlashAttention(8, 2)):
         assert layer.bind_engine(vllm_config, "layer") is layer
-    block = VLLMFlashAttention(8, 2)
-    assert block.bind_engine(vllm_config, "block") is block
 
 
 def test_attention_gets_vllms_under_its_name(vllm_config, monkeypatch):

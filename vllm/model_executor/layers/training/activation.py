@@ -4,22 +4,35 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.activation.gelu import gelu
 from vllm.model_executor.layers.training.ops.activation.op import (
     gelu_and_mul,
     silu_and_mul,
 )
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 class SiluAndMul(TrainingLayer):
     """silu(gate) * up, of gate and up side by side (SwiGLU, arXiv:2002.05202).
 
     Under tensor parallelism the input is the rank's output of a merged
-    column-parallel layer. Trainer and engine run the same op.
+    column-parallel layer. The engine runs the same op in batch-invariant mode, else
+    vLLM's layer.
     """
+
+    def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        """Itself in batch-invariant mode, else vLLM's."""
+        return self if is_batch_invariant() else upstream.SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the activation.
@@ -47,6 +60,10 @@ class GeluAndMul(TrainingLayer):
         super().__init__()
         _check_approximate("GeluAndMul", approximate)
         self.approximate = approximate
+
+    def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        """Itself in batch-invariant mode, else vLLM's."""
+        return self if is_batch_invariant() else upstream.GeluAndMul(self.approximate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the activation.

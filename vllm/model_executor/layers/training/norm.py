@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.collectives import copy_to_group
+from vllm.model_executor.layers.training.engine_norm import EngineRMSNorm
 from vllm.model_executor.layers.training.ops.norm.layer_norm import layer_norm
 from vllm.model_executor.layers.training.ops.norm.op import (
     fused_add_rms_norm,
@@ -16,6 +20,9 @@ from vllm.model_executor.layers.training.ops.norm.op import (
 )
 from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.parallel_context import ParallelContext
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def _shared(layer: RMSNorm | LayerNorm, param: torch.Tensor) -> torch.Tensor:
@@ -37,8 +44,8 @@ class RMSNorm(TrainingLayer):
     """x / sqrt(mean(x²) + eps) * weight (arXiv:1910.07467).
 
     The mean and the quotient are computed in fp32, rounded to the weight's dtype and
-    multiplied by the weight. Trainer and engine run the same op, whose result for a
-    token does not depend on the other tokens.
+    multiplied by the weight. The op's result for a token does not depend on the other
+    tokens. The engine runs it too in batch-invariant mode, else vLLM's ops.
 
     Args:
         hidden_size: size of the normalised last dim.
@@ -69,6 +76,12 @@ class RMSNorm(TrainingLayer):
         self.variance_epsilon = eps
         self._add_parameter("weight", resolve_dtype(params_dtype))
         self._initialise()
+
+    def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        """Itself in batch-invariant mode, else a norm by vLLM's ops."""
+        if is_batch_invariant():
+            return self
+        return EngineRMSNorm(self.weight, self.variance_epsilon)
 
     def parameter_sharding(self) -> dict[str, ParameterSharding]:
         return {"weight": ParameterSharding.replicated((self.hidden_size,))}

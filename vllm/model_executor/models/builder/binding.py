@@ -28,7 +28,8 @@ def bind_engine_layers(
     """Put vLLM's layers in the place of training layers throughout `module`.
 
     Parallel linears and embeddings become vLLM's own (their parameters keep their
-    names), attention gets a KV cache under its module path. Attention that is
+    names), and so do norms and gated activations outside batch-invariant mode;
+    attention gets a KV cache under its module path. Attention that is
     already bound stays as it is, and so do a user's subclasses of other layers,
     which run their own forward. Parameters that were tied stay tied. In
     batch-invariant mode the kernels for the model's shapes are probed before.
@@ -89,7 +90,8 @@ def bind_engine_layers(
 
 def _has_engine_layer(layer: nn.Module) -> bool:
     """Whether it is of exactly one of the training layers' types."""
-    return type(layer).__module__.startswith(TRAINING_LAYERS)
+    in_package = type(layer).__module__.startswith(TRAINING_LAYERS)
+    return in_package and isinstance(layer, TrainingLayer)
 
 
 def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:
