@@ -17,6 +17,10 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 export TOKENIZERS_PARALLELISM := false
+# Python compiles a module when it is first imported. pip would compile all of them; its
+# setting is upside down, 0 turns that off.
+export PIP_NO_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-gpu test-upstream parity parity-gpu bench lint docs clean
 
