@@ -20,6 +20,7 @@ from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
+from vllm.training import batch_invariant
 
 pathlib.Path.exists = exists
 assert not HAS_CPU_KERNELS
@@ -37,6 +38,13 @@ def logprobs():
 plain = logprobs()
 plain.sum().backward()
 assert all(p.grad.ne(0).any() for p in model.parameters())
+try:
+    with batch_invariant():
+        logprobs()
+except RuntimeError as error:
+    assert str(error).startswith("Batch-invariant mode on CPU"), error
+else:
+    raise AssertionError("the mode computed something")
 model.double()
 torch.testing.assert_close(plain.double(), logprobs(), rtol=0, atol=1e-5)
 """

@@ -5,7 +5,7 @@
 They are oneDNN's, as in the CPU engine. A row's bits depend on M at M = 1 only, where
 some machines run another kernel, so one row is multiplied as two. A dtype for which
 oneDNN has no such product on this machine is multiplied in fp32, which is exact for the
-products of 16-bit numbers, and rounded once.
+products of 16-bit numbers, and rounded once. The op is in `csrc/training/cpu`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import functools
 import torch
 
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.library import define_op
+from vllm.model_executor.layers.training.ops.library import (
+    HAS_CPU_KERNELS,
+    define_op,
+)
 
 
 class PackedWeight:
@@ -66,13 +69,20 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     columns in an order that depends on the number of rows (vLLM 0.32.0).
 
     Raises:
-        RuntimeError: vLLM's build for CPU, whose oneDNN this is, is not there.
+        RuntimeError: vLLM's build for CPU, whose oneDNN this is, is not there, or the
+            extension.
     """
     onednn = upstream.onednn()
     if not onednn.is_built:
         raise RuntimeError(
             "Batch-invariant mode on CPU multiplies with vLLM's oneDNN, which this "
             "build of vLLM does not have; install vLLM's build for CPU."
+        )
+    if not HAS_CPU_KERNELS:
+        raise RuntimeError(
+            "Batch-invariant mode on CPU needs the extension, which is not built; "
+            "build it with `make setup`, or with `python tools/overlay.py extension` "
+            "and apply the overlay again."
         )
     if dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
         return torch.float32
@@ -102,26 +112,6 @@ def in_order_linear(
     return PackedWeight(weight)(x, bias)
 
 
-def _multiply(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    handle: torch.Tensor,
-    out_features: int,
-    in_fp32: bool,
-) -> torch.Tensor:
-    num_rows, dtype = x.shape[0], x.dtype
-    if num_rows == 1:
-        x = x.expand(2, -1)
-    x = x.contiguous()
-    if in_fp32:
-        x = x.float()
-        bias = None if bias is None else bias.float()
-    output = x.new_empty(x.shape[0], out_features)
-    if num_rows:
-        upstream.onednn().multiply(output, x, bias, handle)
-    return output[:num_rows].to(dtype)
-
-
 def _fake(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -136,5 +126,4 @@ _packed_linear = define_op(
     "packed_linear(Tensor x, Tensor? bias, Tensor handle, int out_features, "
     "bool in_fp32) -> Tensor",
     fake=_fake,
-    cpu=_multiply,
 )
