@@ -15,7 +15,8 @@ modules below may import that one.
         are first used.
     gpu_sampler: the CUDA engine's kernels from logits to logprobs. Imported when they
         are first used.
-    onednn: the CPU engine's matrix products. Imported when they are first used.
+    onednn: the CPU engine's matrix products. Imported when they are first used. Its
+        `_C::onednn_mm` is called by `csrc/training/cpu/linear.cpp`.
     has_alibi: whether an Attention's backend reads its ALiBi slopes.
     ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
         RowParallelLinear: what our linears become inside the engine.
@@ -193,16 +194,13 @@ def onednn() -> SimpleNamespace:
     Attributes:
         is_built: whether this build has them.
         pack: makes a handler of a transposed weight, shape = [K, N].
-        multiply: called with (output, x, bias, the handler's handler_tensor).
     """
     from vllm import _custom_ops
 
     current_platform.import_kernels()
-    is_built = hasattr(torch.ops._C, "create_onednn_mm_handler")
     return SimpleNamespace(
-        is_built=is_built,
+        is_built=hasattr(torch.ops._C, "create_onednn_mm_handler"),
         pack=_custom_ops.create_onednn_mm,
-        multiply=torch.ops._C.onednn_mm if is_built else None,
     )
 
 

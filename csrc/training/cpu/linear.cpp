@@ -13,6 +13,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// vLLM's op, of which the handle is a weight.
 void onednn_mm(const Tensor& output, const Tensor& input,
                const std::optional<Tensor>& bias, const Tensor& handle) {
   std::array<StableIValue, 4> stack{
