@@ -71,9 +71,10 @@ def main() -> None:
         for load in (whole, whole, prefill):
             seconds(load)
         times = [(seconds(prefill), seconds(whole)) for _ in range(REPETITIONS)]
-        first, rest = map(statistics.median, zip(*((a, b - a) for a, b in times)))
-        step = rest / (whole.new - 1) * 1e3
-        print(f"{whole}: prefill {first * 1e3:.2f} ms, a decode step {step:.3f} ms")
+        first = statistics.median(begun for begun, _ in times) * 1e3
+        rest = statistics.median(done - begun for begun, done in times) * 1e3
+        step = rest / (whole.new - 1)
+        print(f"{whole}: prefill {first:.2f} ms, a decode step {step:.3f} ms")
         for load in (prefill, whole):
             llm.collective_rpc(begin)
             seconds(load)

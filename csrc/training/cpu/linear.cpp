@@ -23,14 +23,6 @@ void onednn_mm(const Tensor& output, const Tensor& input,
       "_C::onednn_mm", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// The tensor in a dtype, contiguous, its one row `rows` times.
-Tensor copied(const Tensor& tensor, int64_t rows, ScalarType dtype) {
-  Tensor copy =
-      torch::stable::new_empty(tensor, {rows, tensor.size(-1)}, dtype);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
 // input [rows, K], bias [N] in input's dtype, oneDNN's handle of a weight
 // -> [rows, N] in input's dtype
 Tensor packed_linear(const Tensor& input, const std::optional<Tensor>& bias,
@@ -40,20 +32,21 @@ Tensor packed_linear(const Tensor& input, const std::optional<Tensor>& bias,
   const bool casts = dtype != input.scalar_type();
   // oneDNN may have another kernel for one row.
   const int64_t multiplied = rows == 1 ? 2 : rows;
-  const bool ready = !casts && multiplied == rows && input.is_contiguous();
   Tensor output =
       torch::stable::new_empty(input, {multiplied, out_features}, dtype);
   if (rows > 0) {
-    std::optional<Tensor> added = bias;
-    if (bias && casts) {
-      added = torch::stable::new_empty(*bias, bias->sizes(), dtype);
-      torch::stable::copy_(*added, *bias);
+    Tensor operand = input;
+    if (casts || multiplied != rows || !input.is_contiguous()) {
+      operand =
+          torch::stable::new_empty(input, {multiplied, input.size(1)}, dtype);
+      torch::stable::copy_(operand, input);
     }
-    onednn_mm(output, ready ? input : copied(input, multiplied, dtype), added,
-              handle);
+    std::optional<Tensor> added = bias;
+    if (bias && casts) added = torch::stable::to(*bias, dtype);
+    onednn_mm(output, operand, added, handle);
   }
   if (multiplied != rows) output = torch::stable::narrow(output, 0, 0, rows);
-  return casts ? copied(output, rows, input.scalar_type()) : output;
+  return casts ? torch::stable::to(output, input.scalar_type()) : output;
 }
 
 }  // namespace

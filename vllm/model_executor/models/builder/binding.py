@@ -54,12 +54,15 @@ def bind_engine_layers(
     tied = _tied_parameters(module)
     replacements: dict[int, nn.Module] = {}
     attention_paths: dict[int, str] = {}
-    places = list(module.named_modules(remove_duplicate=False))
+    places = [
+        (path, layer)
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, TrainingLayer)
+    ]
     for path, layer in places:
         name = f"{prefix}.{path}" if prefix else path
-        if isinstance(layer, TrainingLayer):
-            # Every rank of the engine has all tokens.
-            layer.sequence_parallel = False
+        # Every rank of the engine has all tokens.
+        layer.sequence_parallel = False
         if isinstance(layer, TrainableAttention):
             if layer.engine is not None:
                 continue
@@ -88,10 +91,9 @@ def bind_engine_layers(
             setattr(module.get_submodule(parent), name, parameter)
 
 
-def _has_engine_layer(layer: nn.Module) -> bool:
+def _has_engine_layer(layer: TrainingLayer) -> bool:
     """Whether it is of exactly one of the training layers' types."""
-    in_package = type(layer).__module__.startswith(TRAINING_LAYERS)
-    return in_package and isinstance(layer, TrainingLayer)
+    return type(layer).__module__.startswith(TRAINING_LAYERS)
 
 
 def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:
