@@ -17,9 +17,9 @@ from vllm.model_executor.models.builder.binding import (
     attention_layer_name,
     bind_engine_layers,
 )
+from vllm.model_executor.models.builder.head import find_head
 from vllm.model_executor.models.builder.model import (
     check_takes_hidden_states,
-    find_head,
     has_vllm_interface,
     is_batched,
 )
@@ -107,6 +107,8 @@ def test_the_head_is_found():
     )
     assert find_head(by_shape, None, config(), "b") == "out"
     assert find_head(named, "other", config(), "b") == "other"
+    below = nn.ModuleDict({"model": named, "other": nn.Linear(4, 10)})
+    assert find_head(below, None, config(), "b") == "model.lm_head"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -120,7 +122,7 @@ def test_the_head_is_found_among_parallel_layers(tp_size):
     )
     assert find_head(layers, None, config(), "b") == "out"
     del layers["out"]
-    with pytest.raises(ValueError, match="none with a weight of shape"):
+    with pytest.raises(ValueError, match="none have a weight of shape"):
         find_head(layers, None, config(), "b")
 
 
@@ -128,7 +130,7 @@ def test_the_head_is_ambiguous_or_missing():
     two = nn.ModuleDict({"x": nn.Linear(4, 10), "y": nn.Linear(4, 10)})
     with pytest.raises(ValueError, match=r"\['x', 'y'\].*model_builder\(head="):
         find_head(two, None, config(), "b")
-    with pytest.raises(ValueError, match="none with a weight of shape"):
+    with pytest.raises(ValueError, match="none have a weight of shape"):
         find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, config(), "b")
     with pytest.raises(ValueError, match="no such submodule; it has x, y"):
         find_head(two, "head", config(), "b")

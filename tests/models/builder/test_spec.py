@@ -109,6 +109,8 @@ def test_every_callable_gets_config_and_context(target):
 def test_any_subset_by_name():
     assert match_parameters(lambda: None) == {}
     assert match_parameters(lambda prefix: None) == {"prefix": "prefix"}
+    assert match_parameters(lambda cfg: None) == {"cfg": "config"}
+    assert match_parameters(lambda cfg, depth=2: None) == {"cfg": "config"}
     everything = BuilderSpec.of(
         lambda prefix, vllm_config, config, parallel_context: Recorder(
             all=(prefix, vllm_config, config, parallel_context)
@@ -125,7 +127,7 @@ def test_any_subset_by_name():
         (lambda vllm_config, other: None, "'other'"),
         (lambda a, b, c: None, "'a', 'b', 'c'"),
         (lambda config, *, tokenizer: None, "'tokenizer'"),
-        (lambda depth: None, "'depth'"),
+        (lambda *, depth: None, "'depth'"),
         (lambda *args, **kwargs: None, "names no parameter"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
-from vllm.model_executor.models.builder.model import HeadTap
+from vllm.model_executor.models.builder.head import HeadTap
 
 # Tokens of one packed forward. More would be no faster.
 PACK = 16384
@@ -172,12 +172,5 @@ def _scoring(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _tapped(head: nn.Module) -> Iterator[HeadTap]:
     """The head lets hidden states through, so that no logits are computed."""
-    tap = HeadTap(head)
-    own = head.__dict__.get("forward")
-    head.forward = tap
-    try:
+    with HeadTap(head).installed() as tap:
         yield tap
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own

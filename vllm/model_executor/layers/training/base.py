@@ -62,6 +62,20 @@ def resolve_dtype(params_dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call of `module` does anything but the forward of its class.
+
+    True if its forward was replaced on the instance, as adapters do, if it has forward
+    hooks or pre-hooks, or if its class defines `__call__`.
+    """
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or type(module).__call__ is not nn.Module.__call__
+    )
+
+
 class TrainingLayer(nn.Module):
     """Base class of the layers that are trained and served.
 

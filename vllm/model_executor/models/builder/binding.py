@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vllm.model_executor.layers.training.attention import TrainableAttention
-from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.base import TrainingLayer, runs_own_forward
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 
@@ -64,14 +64,14 @@ def bind_engine_layers(
         # Every rank of the engine has all tokens.
         layer.sequence_parallel = False
         if isinstance(layer, TrainableAttention):
-            if layer.engine is not None:
-                continue
             if id(layer) in attention_paths:
                 raise ValueError(
                     f"{attention_paths[id(layer)]!r} and {path!r} are one "
                     "TrainableAttention. Each place needs its own KV cache: create "
                     "one TrainableAttention per use (they hold no parameters)."
                 )
+            if layer.engine is not None:
+                continue
             name = attention_layer_name(name, len(attention_paths))
             attention_paths[id(layer)] = path
         elif not _has_engine_layer(layer) or (
@@ -92,8 +92,9 @@ def bind_engine_layers(
 
 
 def _has_engine_layer(layer: TrainingLayer) -> bool:
-    """Whether it is of exactly one of the training layers' types."""
-    return type(layer).__module__.startswith(TRAINING_LAYERS)
+    """Whether it is of exactly one of the training layers' types, and unchanged."""
+    is_ours = type(layer).__module__.startswith(TRAINING_LAYERS)
+    return is_ours and not runs_own_forward(layer)
 
 
 def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:

@@ -3,7 +3,7 @@
 """What the engine instantiates for a builder."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 
 from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.base import TrainingLayer, skip_init
-from vllm.model_executor.layers.training.embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.head import HeadTap, find_head
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.weights import CheckpointLayout, EngineLoader
@@ -67,18 +67,6 @@ def has_vllm_interface(module: nn.Module, builder: str, stages: int = 1) -> bool
             "compute_logits and forward(input_ids, positions) returns logits."
         )
     return True
-
-
-class HeadTap:
-    """Stands for a head's `forward`: lets hidden states through and remembers them."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.head_forward: Callable[..., torch.Tensor] = head.forward
-        self.hidden_states: torch.Tensor | None = None
-
-    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        (self.hidden_states,) = (*args, *kwargs.values())
-        return self.hidden_states
 
 
 @support_torch_compile(
@@ -147,13 +135,19 @@ class BuiltModel(nn.Module):
         if self.head_path is not None:
             head = module.get_submodule(self.head_path)
             self.head_tap = HeadTap(head)
-            head.forward = self.head_tap
+            self.head_tap.install()
         vocab_size = config.get_text_config().vocab_size
         object.__setattr__(
             self, "logits_processor", upstream.LogitsProcessor(vocab_size)
         )
         loader = EngineLoader(self, layout, model_config, strict)
         object.__setattr__(self, "loader", loader)
+
+    def train(self, mode: bool = True) -> "BuiltModel":
+        """Set the built module's mode, and so that of everything in it."""
+        self.training = mode
+        self.module.train(mode)
+        return self
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Refused: a training-only module takes token ids only."""
@@ -231,10 +225,11 @@ class BuiltModel(nn.Module):
             hidden_states: shape = [num_tokens, hidden_size].
         """
         assert self.head_path is not None, "only the last stage samples"
-        head = self.module.get_submodule(self.head_path)
+        head = self.head_tap.head
         if isinstance(head, upstream.ParallelLMHead):
-            return self.logits_processor(head, hidden_states)
-        return self.head_tap.head_forward(hidden_states)
+            return self.logits_processor(head, hidden_states, head.bias)
+        with self.head_tap.removed():
+            return head(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""
@@ -287,46 +282,3 @@ def is_batched(module: nn.Module, option: bool | None, builder: str) -> bool:
             f"cannot be called as forward(input_ids, positions): {error}."
         ) from error
     return "cu_seqlens" not in signature.parameters if option is None else option
-
-
-def find_head(module: nn.Module, option: str | None, config: Any, builder: str) -> str:
-    """Path of the module that gives logits; see `BuilderOptions.head`.
-
-    Raises:
-        ValueError: There is none, or several could be it.
-    """
-    modules = dict(module.named_modules())
-    path = option or "lm_head"
-    if path in modules:
-        return path
-    if option is not None:
-        raise ValueError(
-            f"The builder {builder} names the head {option!r}, but the module has no "
-            f"such submodule; it has {', '.join(n for n in modules if n)}."
-        )
-    text_config = config.get_text_config()
-    sizes = (text_config.vocab_size, text_config.hidden_size)
-    candidates = [
-        name
-        for name, part in modules.items()
-        if name
-        and _weight_shape(part) == sizes
-        and not isinstance(part, (nn.Embedding, VocabParallelEmbedding))
-    ]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"Cannot tell which submodule of {type(module).__name__}, built by "
-            f"{builder}, is the head that turns hidden states into logits: it has no "
-            f"'lm_head', and {candidates or 'none'} with a weight of shape {sizes}. "
-            "Name it: @model_builder(head='path')."
-        )
-    return candidates[0]
-
-
-def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Shape of a module's own weight over all ranks."""
-    if isinstance(module, TrainingLayer):
-        sharding = module.parameter_sharding().get("weight")
-        return None if sharding is None else tuple(sharding.shape)
-    weight = getattr(module, "weight", None)
-    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None

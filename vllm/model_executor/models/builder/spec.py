@@ -19,7 +19,7 @@ PARAMETERS = ("vllm_config", "config", "parallel_context", "prefix")
 POSITIONAL = ("config", "parallel_context")
 ACCEPTED = (
     f"a builder takes any subset of {', '.join(PARAMETERS)} by name, "
-    "or two positional parameters of any name: (config, parallel_context)"
+    "or positional parameters of any name: (config) or (config, parallel_context)"
 )
 _OPTIONS = "__vllm_builder_options__"
 
@@ -38,11 +38,14 @@ class BuilderOptions:
         supports_pp: Whether the builder builds single pipeline stages. `forward`
             then takes `hidden_states`, None on the first stage, and returns them on
             all but the last.
+        uses_positions: Whether the model knows where a token stands by `positions`.
+            False for one that has no position encoding at all.
     """
 
     head: str | None = None
     batched: bool | None = None
     supports_pp: bool = False
+    uses_positions: bool = True
 
 
 def model_builder(
@@ -51,6 +54,7 @@ def model_builder(
     head: str | None = None,
     batched: bool | None = None,
     supports_pp: bool = False,
+    uses_positions: bool = True,
 ) -> Any:
     """Attach to a builder what cannot be inferred from the module it returns.
 
@@ -62,7 +66,8 @@ def model_builder(
     """
 
     def attach(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        setattr(build, _OPTIONS, BuilderOptions(head, batched, supports_pp))
+        options = BuilderOptions(head, batched, supports_pp, uses_positions)
+        setattr(build, _OPTIONS, options)
         return build
 
     return attach if build is None else attach(build)
@@ -115,7 +120,7 @@ def match_parameters(target: Callable[..., nn.Module]) -> dict[str, str]:
 
     required = [p for p in parameters if p.default is p.empty]
     unknown = [p.name for p in required if p.name not in PARAMETERS]
-    if unknown and len(required) == 2:
+    if unknown and len(required) <= len(POSITIONAL):
         pairs = list(zip(required, POSITIONAL))
         positional = all(p.kind is not p.KEYWORD_ONLY for p in required)
         if positional and all(
