@@ -18,7 +18,7 @@ from vllm.model_executor.models.builder.binding import (
     bind_engine_layers,
 )
 from vllm.model_executor.models.builder.head import find_head
-from vllm.model_executor.models.builder.model import (
+from vllm.model_executor.models.builder.interface import (
     check_takes_hidden_states,
     has_vllm_interface,
     is_batched,

@@ -66,6 +66,7 @@ class TrainableAttention(TrainingLayer):
 
     sinks: nn.Parameter | None
     alibi_slopes: torch.Tensor | None
+    has_state = True
 
     def __init__(
         self,
@@ -229,6 +230,34 @@ class TrainableAttention(TrainingLayer):
             deterministic=self.deterministic,
         )
         return output if q is query else output.view(query.shape)
+
+    @property
+    def encodes_positions(self) -> bool:
+        """Whether scores depend on distances, without the model's `positions`."""
+        return self._slopes is not None
+
+    def row_wise(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """A function of each token's own query, key and value; see `TrainingLayer`.
+
+        Args:
+            query: shape = [num_tokens, num_heads * head_size].
+            key: shape = [num_tokens, num_kv_heads * head_size].
+            value: shape = [num_tokens, num_kv_heads * head_size].
+
+        Returns:
+            The query's shape: of each head the value, and the mean of the query and
+            of the key, each weighted by the place in the head.
+        """
+        heads = (query, key, value)
+        q, k, v = (each.unflatten(-1, (-1, self.head_size)) for each in heads)
+        group = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        weights = torch.linspace(-1, 1, self.head_size).to(q)
+        mixed = (q * weights).mean(-1, keepdim=True)
+        mixed = mixed + (k * weights.flip(0).square()).mean(-1, keepdim=True)
+        return (v + mixed).flatten(1)
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Create vLLM's attention under the layer's module path.

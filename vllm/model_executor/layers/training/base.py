@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -66,14 +66,19 @@ def runs_own_forward(module: nn.Module) -> bool:
     """Whether a call of `module` does anything but the forward of its class.
 
     True if its forward was replaced on the instance, as adapters do, if it has forward
-    hooks or pre-hooks, or if its class defines `__call__`.
+    hooks or pre-hooks, or if its class defines `__call__`. Hooks of FSDP2, which gather
+    and shard the parameters, do not count.
     """
-    return bool(
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return (
         "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
+        or any(not _is_of_fsdp2(hook) for hook in hooks)
         or type(module).__call__ is not nn.Module.__call__
     )
+
+
+def _is_of_fsdp2(hook: Callable[..., object]) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
 
 
 class TrainingLayer(nn.Module):
@@ -84,13 +89,19 @@ class TrainingLayer(nn.Module):
     `bind_engine` returns in its place. A subclass with its own forward is left as
     it is, so forward has to run under inference mode as well, collectives included.
 
+    A layer with state computes a token's row from earlier tokens too, as attention does
+    from its KV cache. If its attribute `engine` is set, it calls that in place of its
+    own kernels. The check at the start of an engine sets it to `row_wise`.
+
     Attributes:
+        has_state: whether the layer has state.
         parallel_context: the context the layer was built by.
         sequence_parallel: the layer begins, ends or is inside a region where each rank
             holds a slice of the tokens. The engine, whose ranks hold all of them, sets
             it to False.
     """
 
+    has_state: ClassVar[bool] = False
     parallel_context: ParallelContext
     sequence_parallel: bool = False
 
@@ -117,6 +128,17 @@ class TrainingLayer(nn.Module):
             with the same parameter names.
         """
         return self
+
+    def row_wise(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Of a layer with state: any function of each token's own row.
+
+        It depends on all of the inputs, so that what enters the layer shows in what
+        leaves it.
+
+        Args:
+            inputs: what the layer calls `engine` with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no row_wise.")
 
     def parameter_sharding(self) -> dict[str, ParameterSharding]:
         """How each of the layer's own parameters is sharded, by parameter name."""

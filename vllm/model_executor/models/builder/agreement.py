@@ -38,7 +38,7 @@ def compare_ranks(
             layer stands on two stages.
     """
     parameters, attention = _describe(module, layout)
-    for rank, (theirs, their_attention) in _others("tp", (parameters, attention)):
+    for rank, (theirs, their_attention) in others("tp", (parameters, attention)):
         differences = [
             *_differences(parameters, theirs, rank),
             *_differences(attention, their_attention, rank),
@@ -52,7 +52,7 @@ def compare_ranks(
         aliases=dict(layout.aliases),
     )
     mine = (parameters, attention, replace(layout, parameters={}))
-    for stage, theirs in _others("pp", mine):
+    for stage, theirs in others("pp", mine):
         their_parameters, their_attention, their_layout = theirs
         common = parameters.keys() & their_parameters.keys()
         differences = list(
@@ -108,8 +108,15 @@ def _describe(
     return parameters, attention
 
 
-def _others(axis: str, mine: Any) -> Iterable[tuple[int, Any]]:
-    """What the other ranks of a group give, with their rank in it."""
+def others(axis: str, mine: Any) -> Iterable[tuple[int, Any]]:
+    """What the other ranks of a group give, with their rank in it.
+
+    Every rank of the group calls it.
+
+    Args:
+        axis: "tp" or "pp".
+        mine: What this rank gives; it is pickled.
+    """
     group = upstream.get_tp_group() if axis == "tp" else upstream.get_pp_group()
     if group.world_size == 1:
         return []

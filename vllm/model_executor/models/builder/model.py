@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the engine instantiates for a builder."""
 
-import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,14 +14,21 @@ from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.head import HeadTap, find_head
+from vllm.model_executor.models.builder.interface import (
+    call_module,
+    check_every_token,
+    check_head_output,
+    check_takes_hidden_states,
+    has_vllm_interface,
+    is_batched,
+)
+from vllm.model_executor.models.builder.servable import check_in_engine
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.weights import CheckpointLayout, EngineLoader
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-VLLM_INTERFACE = ("embed_input_ids", "forward", "compute_logits", "load_weights")
 
 
 def model_class(spec: BuilderSpec) -> "type[BuiltModel]":
@@ -43,30 +49,6 @@ class RegisteredBuilder(upstream.BaseRegisteredModel):
 
     def inspect_model_cls(self) -> Any:
         return upstream.ModelInfo.from_model_cls(self.model_cls)
-
-
-def has_vllm_interface(module: nn.Module, builder: str, stages: int = 1) -> bool:
-    """Whether a built module talks to the engine itself.
-
-    Raises:
-        TypeError: It has `compute_logits` but lacks another of `VLLM_INTERFACE`, or,
-            with several pipeline stages, `make_empty_intermediate_tensors`.
-    """
-    if not callable(getattr(module, "compute_logits", None)):
-        return False
-    needed: tuple[str, ...] = VLLM_INTERFACE
-    if stages > 1:
-        needed += ("make_empty_intermediate_tensors",)
-    missing = [n for n in needed if not callable(getattr(module, n, None))]
-    if missing:
-        raise TypeError(
-            f"The builder {builder} returned {type(module).__name__}, which has "
-            f"compute_logits but lacks {', '.join(missing)} (embed_input_ids was once "
-            "called get_input_embeddings). A module either has all "
-            f"of {', '.join(needed)} and is used as it is, or has no "
-            "compute_logits and forward(input_ids, positions) returns logits."
-        )
-    return True
 
 
 @support_torch_compile(
@@ -119,6 +101,7 @@ class BuiltModel(nn.Module):
 
         model_config = vllm_config.model_config
         context = ParallelContext.current()
+        self.vllm_config = vllm_config
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
         self.carried = (model_config.get_hidden_size(), model_config.dtype)
@@ -174,37 +157,28 @@ class BuiltModel(nn.Module):
         """
         if inputs_embeds is not None or (input_ids is None and self.is_first_stage):
             raise NotImplementedError(_NO_EMBEDS.format(name=self.spec.name))
-        carried = {}
+        carried = None
         if intermediate_tensors is not None:
-            carried["hidden_states"] = intermediate_tensors["hidden_states"]
-        if self.batched:
-            input_ids = None if input_ids is None else input_ids[None]
-            positions = positions[None]
-            carried = {name: tensor[None] for name, tensor in carried.items()}
-        output: torch.Tensor = self.module(input_ids, positions, **carried)
-        if self.is_last_stage:
-            self._check_output(output)
-            self.head_tap.hidden_states = None
-            return output[0] if self.batched else output
-        self._check_carried(output, positions)
+            carried = intermediate_tensors["hidden_states"]
+        output = call_module(self.module, self.batched, input_ids, positions, carried)
+        tokens = positions.shape
+        self._check_output(output, torch.Size((1, *tokens)) if self.batched else tokens)
         hidden_states = output[0] if self.batched else output
+        if self.is_last_stage:
+            return hidden_states
         return upstream.IntermediateTensors({"hidden_states": hidden_states})
 
-    def _check_output(self, output: torch.Tensor) -> None:
-        """Refuse a module that changes what its head gives."""
-        if output is not self.head_tap.hidden_states:
-            raise TypeError(
-                f"forward of the module built by {self.spec.name} does not return "
-                f"the output of its head {self.head_path!r} unchanged, so logits "
-                "cannot be computed for the sampled positions alone. Move what "
-                "follows the head into the head module, or return a module with "
-                f"vLLM's interface ({', '.join(VLLM_INTERFACE)})."
-            )
+    def _check_output(self, output: Any, tokens: torch.Size) -> None:
+        """Refuse what is not the input of the head, or of the next stage."""
+        if self.head_path is not None:
+            check_head_output(output, self.head_tap, self.head_path, self.spec.name)
+            self.head_tap.hidden_states = None
+            return
+        self._check_carried(output, torch.Size((*tokens, self.carried[0])))
 
-    def _check_carried(self, output: Any, positions: torch.Tensor) -> None:
+    def _check_carried(self, output: Any, shape: torch.Size) -> None:
         """Refuse what the next stage would not receive as it is."""
         width, dtype = self.carried
-        shape = (*positions.shape, width)
         if not isinstance(output, torch.Tensor):
             given = type(output).__name__
         elif output.shape != shape or output.dtype != dtype:
@@ -231,6 +205,24 @@ class BuiltModel(nn.Module):
         with self.head_tap.removed():
             return head(hidden_states)
 
+    def process_weights_after_loading(self) -> None:
+        """Check with the weights in place that the model is served as it was trained.
+
+        vLLM's loaders call it before the engine's first step.
+        """
+        check_in_engine(self)
+
+    def check_output(self, output: Any, tokens: torch.Size) -> None:
+        """Refuse what the head, for every token, or the next stage would not receive.
+
+        Args:
+            output: What the module returned.
+            tokens: Shape of the tokens that it was called with.
+        """
+        self._check_output(output, tokens)
+        if self.is_last_stage:
+            check_every_token(output, tokens, self.spec.name)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""
         return self.loader.load(weights)
@@ -254,31 +246,3 @@ _NO_EMBEDS = (
     "The module built by {name} takes token ids only; prompt embeddings need a "
     "module with vLLM's interface (embed_input_ids and inputs_embeds)."
 )
-
-
-def check_takes_hidden_states(module: nn.Module, builder: str) -> None:
-    """Refuse a pipeline stage whose `forward` cannot be given hidden states."""
-    signature = inspect.signature(module.forward)
-    if "hidden_states" not in signature.parameters:
-        raise TypeError(
-            f"forward{signature} of {type(module).__name__}, built by {builder}, has "
-            "no parameter hidden_states, in which later pipeline stages are given "
-            "what the stage before returned (None on the first stage)."
-        )
-
-
-def is_batched(module: nn.Module, option: bool | None, builder: str) -> bool:
-    """Whether `module.forward` wants `[batch, seq]`; see `BuilderOptions.batched`.
-
-    Raises:
-        TypeError: `forward` cannot be called with `(input_ids, positions)`.
-    """
-    signature = inspect.signature(module.forward)
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise TypeError(
-            f"forward{signature} of {type(module).__name__}, built by {builder}, "
-            f"cannot be called as forward(input_ids, positions): {error}."
-        ) from error
-    return "cu_seqlens" not in signature.parameters if option is None else option
