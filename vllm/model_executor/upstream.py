@@ -20,6 +20,7 @@ modules below may import that one.
     has_alibi: whether an Attention's backend reads its ALiBi slopes.
     ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
         RowParallelLinear: what our linears become inside the engine.
+    UnquantizedEmbeddingMethod: of an embedding or head that is not quantised.
     UnquantizedLinearMethod: how they create and multiply their weights.
     GeluAndMul, SiluAndMul: what our gated activations become outside batch-invariant
         mode.
@@ -27,6 +28,7 @@ modules below may import that one.
         passes fuse with others.
     tensor_model_parallel_all_gather: of the engine's tensor-parallel group.
     is_forward_context_available: whether the engine runs a step of a model now.
+    set_forward_context: makes the code inside such a step.
     ParallelLMHead, VocabParallelEmbedding: what our embedding and head become.
     DEFAULT_VOCAB_PADDING_SIZE, pad_vocab_size: rows of a tensor-parallel vocabulary.
     VllmConfig, set_current_vllm_config, get_current_vllm_config_or_none: vLLM's group
@@ -41,6 +43,8 @@ modules below may import that one.
     LogitsProcessor: gathers the head's tensor-parallel logits in the engine.
     BaseRegisteredModel, ModelInfo: an entry of the model registry.
     finalize_layerwise_reload: ends vLLM's reloading of weights.
+    expect_no_weights: tells it that a module gets none.
+    reads_model_files: whether an iterator of weights is vLLM's over a model's files.
     MODEL_ARCH_BY_HASH: the cache of classes that architectures were resolved to.
     HFConfigParser, CONFIG_PARSERS, CONFIG_REGISTRY: how a model's config.json is
         read, and which model types vLLM knows.
@@ -73,7 +77,7 @@ from vllm.distributed.parallel_state import (
     model_parallel_is_initialized,
 )
 from vllm.distributed.utils import get_pp_indices
-from vllm.forward_context import is_forward_context_available
+from vllm.forward_context import is_forward_context_available, set_forward_context
 from vllm.ir import ops as ir_ops
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -88,10 +92,13 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     DEFAULT_VOCAB_PADDING_SIZE,
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
     pad_vocab_size,
 )
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.utils import (
     _MODEL_ARCH_BY_HASH as MODEL_ARCH_BY_HASH,
 )
@@ -204,6 +211,19 @@ def onednn() -> SimpleNamespace:
     )
 
 
+def expect_no_weights(module: torch.nn.Module) -> None:
+    """Let a module that vLLM reloads get its tensors back, without a warning."""
+    info = get_layerwise_info(module)
+    if info.can_load():
+        info.load_numel_total = 0
+
+
+def reads_model_files(weights: Any) -> bool:
+    """Whether `weights` are what vLLM reads from the directory `ModelConfig.model`."""
+    code = getattr(weights, "gi_code", None)
+    return code is DefaultModelLoader.get_all_weights.__code__
+
+
 def has_alibi(attention: Attention) -> bool:
     """Whether the backend of vLLM's attention reads ALiBi slopes.
 
@@ -235,6 +255,7 @@ __all__ = [
     "QKVParallelLinear",
     "RowParallelLinear",
     "SiluAndMul",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
@@ -243,6 +264,7 @@ __all__ = [
     "current_platform",
     "destroy_distributed_environment",
     "destroy_model_parallel",
+    "expect_no_weights",
     "finalize_layerwise_reload",
     "flash_attention",
     "flash_attention_backward",
@@ -261,7 +283,9 @@ __all__ = [
     "model_parallel_is_initialized",
     "onednn",
     "pad_vocab_size",
+    "reads_model_files",
     "set_current_vllm_config",
+    "set_forward_context",
     "tensor_model_parallel_all_gather",
     "triton_attention",
 ]
