@@ -22,7 +22,8 @@ Tensor logits_gradient(const Tensor& logits, const Tensor& lse,
                        const Tensor& targets, const Tensor& grad,
                        const std::optional<Tensor>& entropy,
                        const std::optional<Tensor>& grad_entropy,
-                       double temperature, ScalarType dtype) {
+                       const std::optional<Tensor>& temperature,
+                       ScalarType dtype) {
   const int64_t rows = logits.size(0);
   const int64_t size = logits.size(1);
   STD_TORCH_CHECK(dtype == logits.scalar_type() || dtype == ScalarType::Float,
@@ -38,7 +39,7 @@ Tensor logits_gradient(const Tensor& logits, const Tensor& lse,
       floats(grad),
       floats(entropy),
       floats(grad_entropy),
-      static_cast<float>(temperature),
+      floats(temperature),
       dtype_of(output),
       output.mutable_data_ptr(),
   };

@@ -22,7 +22,8 @@ struct LogitsGradientArguments {
   // Both null where the entropy has no gradient.
   const float* entropy;
   const float* grad_entropy;
-  float temperature;
+  // Null for 1.
+  const float* temperature;
   // [rows, size], contiguous, in fp32 or in the dtype of the logits.
   DType output_dtype;
   void* output;

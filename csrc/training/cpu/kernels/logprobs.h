@@ -59,8 +59,8 @@ void logits_gradient_rows(const vllm_training::LogitsGradientArguments& a,
   for (int64_t i = begin; i < end; ++i) {
     const T* logits = static_cast<const T*>(a.logits) + i * a.logits_stride;
     U* output = static_cast<U*>(a.output) + i * a.size;
-    LogitsGradientRow row{a.temperature, a.lse[i], a.targets[i],
-                          a.grad[i],     0.0f,     0.0f};
+    LogitsGradientRow row{1.0f, a.lse[i], a.targets[i], a.grad[i], 0.0f, 0.0f};
+    if (a.temperature != nullptr) row.temperature = a.temperature[i];
     if (a.grad_entropy != nullptr) {
       row.entropy = a.entropy[i];
       row.grad_entropy = a.grad_entropy[i];

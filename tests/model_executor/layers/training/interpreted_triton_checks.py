@@ -55,6 +55,7 @@ from vllm.model_executor.layers.training.ops.logprobs.reference import (
     entropy_reference,
     log_softmax,
     logits_gradient_reference,
+    tempered,
 )
 from vllm.model_executor.layers.training.ops.norm import triton_kernels as norm
 from vllm.model_executor.layers.training.ops.norm.reference import (
@@ -286,8 +287,10 @@ def test_logits_gradient(
 ):
     logits = random(rows, size, dtype=dtype, gap=gap)
     logits[:, 1] = -INF
-    logps = log_softmax(logits.double() / temperature)
-    lse = (logits.double() / temperature).logsumexp(-1).float()
+    # One a row; None is 1.
+    divisors = None if temperature == 1 else torch.rand(rows) + temperature
+    logps = log_softmax(tempered(logits.double(), divisors))
+    lse = tempered(logits.double(), divisors).logsumexp(-1).float()
     # The first and the last column, and targets of other ranks.
     targets = torch.tensor([0, size - 1, -1, size, 2])[:rows]
     vectors = [lse, torch.randn(rows)]
@@ -295,10 +298,10 @@ def test_logits_gradient(
         # Of at most 1: times the least finite logprob a larger one overflows.
         vectors += [entropy_reference(logps).float(), torch.randn(rows)]
 
-    def run(function, logits, vectors, targets, dtype):
+    def run(function, logits, vectors, targets, dtype, divisors=divisors):
         lse, grad, *of_entropy = vectors
         of_entropy = of_entropy or (None, None)
-        return function(logits, lse, targets, grad, *of_entropy, temperature, dtype)
+        return function(logits, lse, targets, grad, *of_entropy, divisors, dtype)
 
     result_dtype = torch.float32 if in_fp32 else dtype
     kernel, reference = logprobs.logits_gradient, logits_gradient_reference
@@ -309,7 +312,10 @@ def test_logits_gradient(
     for row in range(rows):
         alone = slice(row, row + 1)
         numbers = [vector[alone] for vector in vectors]
-        part = run(kernel, logits[alone], numbers, targets[alone], result_dtype)
+        divisor = None if divisors is None else divisors[alone]
+        part = run(
+            kernel, logits[alone], numbers, targets[alone], result_dtype, divisor
+        )
         assert torch.equal(part, actual[alone])
 
 

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.training import (
     token_logprobs,
 )
 from vllm.model_executor.layers.training.logprobs import full_logprobs
-from vllm.model_executor.layers.training.ops.logprobs import op as logprobs_op
+from vllm.model_executor.layers.training.ops.logprobs import blocks as block_sizes
 from vllm.model_executor.parallel_context import ParallelContext
 
 pytestmark = pytest.mark.usefixtures("on_the_ranks_device")
@@ -39,9 +39,9 @@ pytestmark = pytest.mark.usefixtures("on_the_ranks_device")
 @pytest.fixture
 def many_blocks(monkeypatch):
     """`token_logprobs` in blocks smaller than the batch."""
-    blocks = logprobs_op.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1)
-    monkeypatch.setattr(logprobs_op, "CPU_BLOCKS", blocks)
-    monkeypatch.setattr(logprobs_op, "CUDA_BLOCKS", blocks)
+    blocks = block_sizes.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1)
+    monkeypatch.setattr(block_sizes, "CPU_BLOCKS", blocks)
+    monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", blocks)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -169,9 +169,10 @@ def test_forward_runs_in_inference_mode(context, assert_equal):
         token_logprobs(expected, model.head, targets)
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_entropy_and_full_rows_are_those_of_one_rank(
-    context, sequence_parallel, many_blocks, assert_as_accurate
+    context, sequence_parallel, called, many_blocks, assert_as_accurate
 ):
     *_, targets, grad = make_batch()
     generator = torch.Generator().manual_seed(6)
@@ -184,12 +185,17 @@ def test_entropy_and_full_rows_are_those_of_one_rank(
         head = ParallelLMHead(
             VOCAB, HIDDEN, True, sequence_parallel=sequence_parallel, **kwargs
         ).to(dtype)
+        if called:
+            head.register_forward_hook(lambda _, args, logits: 2 * logits.tanh())
         inputs = [whole[rows].to(dtype).requires_grad_(), head.weight, head.bias]
         g = grad.to(dtype)
         logprobs, entropy = token_logprobs(
             inputs[0], head, targets, temperature=0.7, return_entropy=True
         )
         full = full_logprobs(inputs[0], head, temperature=0.7)
+        batch = torch.stack([inputs[0], inputs[0]])
+        both = token_logprobs(batch, head, targets.expand(2, -1), temperature=0.7)
+        torch.testing.assert_close(both, logprobs.expand(2, -1))
         loss = (g * (logprobs + 2 * entropy)).sum() + (g * full.square().sum(-1)).sum()
         gradients = torch.autograd.grad(loss, inputs)
         return (logprobs, entropy, full, *gradients), head.parameter_sharding()

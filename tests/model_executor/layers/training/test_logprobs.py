@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """token_logprobs and full_logprobs against the whole log-softmax."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,14 @@ from torch import nn
 
 from vllm.model_executor.layers.training import ParallelLMHead, token_logprobs
 from vllm.model_executor.layers.training.logprobs import full_logprobs
-from vllm.model_executor.layers.training.ops.logprobs import logits_gradient, op
+from vllm.model_executor.layers.training.ops.logprobs import (
+    blocks as block_sizes,
+)
+from vllm.model_executor.layers.training.ops.logprobs import (
+    logits_gradient,
+    of_logits,
+    op,
+)
 from vllm.model_executor.layers.training.ops.logprobs.reference import (
     token_logprobs_reference,
 )
@@ -39,9 +48,9 @@ def make_batch(*shape, dtype, device):
 
 def many_blocks(monkeypatch, logits=20 * VOCAB):
     """Blocks that cut tokens and vocabulary, with remainders."""
-    blocks = op.Blocks(logits, 3 * VOCAB, 50 * 37, 50, 1)
-    monkeypatch.setattr(op, "CPU_BLOCKS", blocks)
-    monkeypatch.setattr(op, "CUDA_BLOCKS", blocks)
+    blocks = block_sizes.Blocks(logits, 3 * VOCAB, 50 * 37, 50, 1)
+    monkeypatch.setattr(block_sizes, "CPU_BLOCKS", blocks)
+    monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", blocks)
 
 
 @pytest.fixture(params=["kept", "recomputed", "kept, many blocks", "without kernels"])
@@ -51,7 +60,7 @@ def blocks(request, monkeypatch):
     elif request.param == "kept, many blocks":
         many_blocks(monkeypatch, 1000 * VOCAB)
     elif request.param == "without kernels":
-        for module in (op, logits_gradient):
+        for module in (of_logits, logits_gradient):
             monkeypatch.setattr(module, "has_kernel", lambda tensor: False)
 
 
@@ -87,8 +96,11 @@ def test_has_the_samplers_bits(dtype, num_tokens, temperature, device, assert_eq
 def test_values_and_gradients_are_accurate(
     dtype, bias, with_entropy, blocks, device, assert_as_accurate
 ):
-    kind, temperature = (ParallelLMHead, 1.7) if bias else (nn.Linear, 1.0)
     hidden, targets = make_batch(123, dtype=dtype, device=device)
+    kind, temperature, divisors = nn.Linear, 1.0, None
+    if bias:
+        kind, divisors = ParallelLMHead, torch.rand(123, device=device) + 0.5
+        temperature = divisors
     head = make_head(kind, bias, dtype, device)
     grads = [torch.randn(123, device=device) for _ in range(1 + with_entropy)]
     parameters = list(head.parameters())
@@ -105,7 +117,7 @@ def test_values_and_gradients_are_accurate(
     def results(dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, *parameters)]
         rest = leaves[2] if bias else None
-        outputs = token_logprobs_reference(*leaves[:2], rest, targets, temperature)
+        outputs = token_logprobs_reference(*leaves[:2], rest, targets, divisors)
         outputs = list(outputs[: len(grads)])
         given = [grad.to(outputs[0].dtype) for grad in grads]
         return [*outputs, *torch.autograd.grad(outputs, leaves, given)]
@@ -236,7 +248,7 @@ def test_one_thread_gives_the_bits_of_two(blocks, assert_equal):
         torch.set_num_threads(count)
         results.append(
             op.logits_gradient(
-                logits.detach(), lse, targets, grad, lse, grad, 1.0, torch.float32
+                logits.detach(), lse, targets, grad, lse, grad, None, torch.float32
             )
         )
     torch.set_num_threads(threads)
@@ -256,7 +268,7 @@ def test_special_values_are_those_of_torch(special, blocks, device):
     leaves = [hidden, head.weight, head.bias]
     grad = torch.rand(9, device=device)
     actual = token_logprobs(hidden, head, targets)
-    plain, _ = token_logprobs_reference(*leaves, targets, 1.0)
+    plain, _ = token_logprobs_reference(*leaves, targets, None)
     actual = [actual, *torch.autograd.grad(actual, leaves, grad)]
     plain = [plain, *torch.autograd.grad(plain, leaves, grad)]
     for a, p in zip(actual, plain):
@@ -283,25 +295,76 @@ def test_no_tokens(device):
 def test_bad_input_is_refused():
     hidden, targets = make_batch(5, dtype=torch.float32, device="cpu")
     head = make_head(nn.Linear, False, torch.float32, "cpu")
-
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    for other in (nn.Embedding(4, 4), Scaled(HIDDEN, VOCAB)):
-        with pytest.raises(TypeError, match=f"got a {type(other).__name__} as lm_head"):
-            token_logprobs(hidden, other, targets)
+    one = torch.ones(5)
     cases = [
         ((hidden[:, :-1], head, targets), {}, r"\(5, 47\) must be \[num_tokens, 48\]"),
         ((hidden.double(), head, targets), {}, "float64, but the head's weight is"),
-        ((hidden, head, targets.int()), {}, r"torch.int32 of shape \(5,\)"),
-        ((hidden, head, targets[:4]), {}, r"of shape \(4,\); .* shape \(5,\)"),
-        ((hidden, head, targets - VOCAB), {}, "token ids are 0 to 210"),
+        ((hidden[0], head, targets), {}, r"\(48,\) must be \[num_tokens, hidden_size"),
+        ((hidden, head, targets.short()), {}, r"torch.int16 of shape \(5,\)"),
+        ((hidden, head, targets[:4]), {}, r"of shape \(4,\); .* shape = \(5,\)"),
+        ((hidden, head, targets - VOCAB), {}, "targets hold -.* ids are 0 to 210"),
         ((hidden, head, targets + VOCAB), {}, "token ids are 0 to 210"),
-        ((hidden, head, targets), {"temperature": 0.0}, "temperature=0.0 must be"),
-        ((hidden, head, targets), {"temperature": float("nan")}, "must be positive"),
-        ((hidden.to("meta"), head, targets), {}, "meta, cpu and cpu"),
+        (
+            (hidden.to("meta"), head, targets),
+            {},
+            "on meta, the head's weight is on cpu",
+        ),
+        ((hidden, head, targets.to("meta")), {}, "targets are on meta, the hidden"),
     ]
+    temperatures = [
+        (0.0, "temperature=0.0; it must be a number from 1e-05"),
+        (float("nan"), "temperature=nan"),
+        (float("inf"), "temperature=inf"),
+        (1e-40, "temperature=1e-40"),
+        (torch.ones(4), r"shape \(4,\) does not broadcast to the tokens, \(5,\)"),
+        (torch.ones(1, 5), r"shape \(1, 5\) does not broadcast"),
+        (one.to("meta"), "temperature is on meta"),
+        (one.clone().requires_grad_(), "requires a gradient, which is not computed"),
+        *((one * wrong, "temperature holds") for wrong in (0, -1, math.inf, math.nan)),
+        (torch.tensor([1, 1, 1, 1, 1e-6]), "temperature holds 9.99.*e-07"),
+    ]
+    cases += [((hidden, head, targets), {"temperature": t}, m) for t, m in temperatures]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             token_logprobs(*arguments, **options)
+    for temperature in (True, "1", None, [1.0] * 5, one.long(), one.bool()):
+        with pytest.raises(TypeError, match="temperature is .* must be a number"):
+            full_logprobs(hidden, head, temperature=temperature)
+    for other in (targets.tolist(), targets.numpy(), 3):
+        with pytest.raises(TypeError, match="must be a tensor of torch.int64"):
+            token_logprobs(hidden, head, other)
+
+
+def test_temperatures_one_a_token(device, assert_equal):
+    """Each token's logprob is that of its temperature alone, and int32 ids do."""
+    given = [0.7, 1.0, 1e-5, 2, 1.3e38, 0.7]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        hidden, targets = make_batch(2, 3, dtype=dtype, device=device)
+        head = make_head(nn.Linear, True, dtype, device)
+        options = {"return_entropy": True}
+        each = torch.tensor(given, device=device).view(2, 3)
+        actual = token_logprobs(
+            hidden, head, targets.int(), temperature=each, **options
+        )
+        rows = full_logprobs(hidden, head, temperature=each)
+        for place, temperature in enumerate(given):
+            at = divmod(place, 3)
+            # A temperature of 1 leaves 16-bit logits as they are, which CUDA sums
+            # up in another order.
+            if device.type == "cuda" and temperature == 1 and dtype != torch.float32:
+                continue
+            alone = token_logprobs(
+                hidden, head, targets, temperature=temperature, **options
+            )
+            for what, a, e in zip(("logprob", "entropy"), actual, alone):
+                assert_equal(f"{what} at {temperature}", a[at], e[at])
+            row = full_logprobs(hidden, head, temperature=temperature)[at]
+            assert_equal(f"row at {temperature}", rows[at], row)
+        # Some shapes that broadcast, and a number that is a tensor.
+        for shape in ((), (1,), (3,), (2, 1), (1, 3)):
+            some = torch.full(shape, 0.7, device=device, dtype=torch.float64)
+            assert_equal(
+                f"shape {shape}",
+                token_logprobs(hidden, head, targets, temperature=some),
+                token_logprobs(hidden, head, targets, temperature=0.7),
+            )

@@ -11,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.layers.training.logprobs import full_logprobs
-from vllm.model_executor.layers.training.ops.logprobs import logits_gradient, op
+from vllm.model_executor.layers.training.ops.logprobs import (
+    blocks as block_sizes,
+)
+from vllm.model_executor.layers.training.ops.logprobs import (
+    logits_gradient,
+    of_logits,
+    op,
+)
 from vllm.model_executor.layers.training.ops.logprobs.log_softmax import aligned_rows
 
 VOCAB, HIDDEN = 97, 32
@@ -42,9 +49,9 @@ def assert_all_equal(assert_equal, actual, expected):
 @pytest.fixture(params=["kept", "recomputed"])
 def blocks(request, monkeypatch):
     if request.param == "recomputed":
-        small = op.Blocks(7 * VOCAB, 3 * VOCAB, 500, 16, 1)
-        monkeypatch.setattr(op, "CPU_BLOCKS", small)
-        monkeypatch.setattr(op, "CUDA_BLOCKS", small)
+        small = block_sizes.Blocks(7 * VOCAB, 3 * VOCAB, 500, 16, 1)
+        monkeypatch.setattr(block_sizes, "CPU_BLOCKS", small)
+        monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", small)
 
 
 def test_compiles_without_graph_breaks(blocks, device, assert_equal):
@@ -123,7 +130,7 @@ def test_nothing_is_kept_without_gradients(device, assert_equal, monkeypatch):
         flags.append(args[-1])
         return op.token_logprobs_op(*args)
 
-    module = "vllm.model_executor.layers.training.logprobs.token_logprobs_op"
+    module = "vllm.model_executor.layers.training.head_scoring.token_logprobs_op"
     expected = token_logprobs(hidden, head, targets).detach()
     monkeypatch.setattr(module, spy)
     for mode in (torch.no_grad, torch.inference_mode):
@@ -191,15 +198,18 @@ def test_autocast_is_that_of_plain_torch(dtype, device, assert_equal):
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck(blocks, with_entropy, device):
     hidden, head, targets = make(device)
-    arguments = (hidden, head.weight, head.bias, targets, 0.8, VOCAB, 0, "")
+    temperature = torch.rand(20, device=device) + 0.5
+    arguments = (hidden, head.weight, head.bias, targets, temperature, VOCAB, 0, "")
     arguments = (*arguments, with_entropy, True)
     torch.library.opcheck(op.token_logprobs_op, arguments)
     lse, grad = torch.randn(20, device=device), torch.randn(20, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         logits = head(hidden).detach().to(dtype)
         rest = (lse, targets, grad, *((lse, grad) if with_entropy else (None, None)))
-        arguments = (logits[:, 3:50], *rest, 0.8, torch.float32)
+        arguments = (logits[:, 3:50], *rest, temperature, torch.float32)
         torch.library.opcheck(logits_gradient._logits_gradient, arguments)
+        arguments = (logits.requires_grad_(), targets, temperature, with_entropy, True)
+        torch.library.opcheck(of_logits.logits_logprobs_op, arguments)
 
 
 @pytest.fixture
@@ -224,19 +234,34 @@ class Trained(nn.Module):
         return token_logprobs(hidden, self.head, targets)
 
 
-@pytest.mark.parametrize("way", ["in the forward", "after it", "head unsharded"])
-def test_fsdp_gathers_the_head_or_it_is_refused(way, process_group, device):
+class SoftCapped(nn.Linear):
+    def forward(self, x):
+        return 3 * torch.tanh(super().forward(x) / 3)
+
+
+WAYS = ["in the forward", "after it", "head unsharded", "head called by itself"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("called", [False, True])
+def test_fsdp_gathers_the_head_or_it_is_refused(way, called, process_group, device):
     hidden, head, targets = make(device)
+    if called:
+        head.__class__ = SoftCapped
     model = Trained(head).to(device)
     expected = torch.autograd.grad(
         model(hidden, targets).sum(), list(model.parameters())
     )
     mesh = dist.device_mesh.init_device_mesh(device.type, (1,))
-    if way == "head unsharded":
+    if "head" in way:
         fully_shard(head, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match="is a DTensor, sharded .* lm_head.unshard"):
-        token_logprobs(hidden, head, targets)
+    # The hooks of a sharded head gather its weight if it is called.
+    if not (called and "head" in way):
+        with pytest.raises(ValueError, match="is a DTensor, sharded .* lm_head.unsh"):
+            token_logprobs(hidden, head, targets)
+        if way == "head called by itself":
+            return
     if way == "in the forward":
         logprobs = model(hidden, targets)
     else:

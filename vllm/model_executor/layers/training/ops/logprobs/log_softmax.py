@@ -24,37 +24,38 @@ from vllm.model_executor.layers.training.ops.library import (
 from vllm.model_executor.layers.training.ops.logprobs import reference
 
 
-def logprobs_of(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def logprobs_of(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary, with a backward.
 
     Args:
         logits: shape = [..., vocab_size], floating point.
-        temperature: divides the logits; above 0.
+        temperature: divides the logits; above 0, shape = [...]; None for 1.
 
     Returns:
         fp32 (fp64 for fp64 logits), the shape of logits.
     """
     if uses_samplers_kernels(logits):
+        if temperature is not None:
+            temperature = temperature.flatten()
         return _log_softmax(rows_of(logits), temperature).view(logits.shape)
     return reference.log_softmax(reference.tempered(logits, temperature))
 
 
-def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits divided by the temperature, untouched at 1; without a backward.
+def tempered(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    """Logits divided by the temperature, untouched by None; without a backward.
 
     Args:
         logits: shape = [num_tokens, vocab_size], floating point.
-        temperature: above 0.
+        temperature: above 0, shape = [num_tokens]; None for 1.
 
     Returns:
-        fp32 (fp64 for fp64 logits) if the temperature is not 1, the shape of logits.
+        fp32 (fp64 for fp64 logits) with a temperature, the shape of logits.
     """
-    if temperature == 1.0 or not uses_samplers_kernels(logits):
+    if temperature is None or not uses_samplers_kernels(logits):
         return reference.tempered(logits, temperature)
     divided = _aligned_copy(logits, torch.float32)
-    requests = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-    divisor = torch.full((1,), temperature, device=logits.device)
-    upstream.gpu_sampler().apply_temperature(divided, requests, divisor)
+    rows = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
+    upstream.gpu_sampler().apply_temperature(divided, rows, temperature)
     return divided
 
 
@@ -117,27 +118,29 @@ def _aligned_copy(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    logits, ctx.temperature = inputs
+    logits, temperature = inputs
     ctx.dtype = logits.dtype
-    ctx.save_for_backward(output)
+    ctx.save_for_backward(output, temperature)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-    (logprobs,) = ctx.saved_tensors
+    logprobs, temperature = ctx.saved_tensors
     grad = grad - logprobs.exp() * grad.sum(-1, keepdim=True)
-    return (grad / ctx.temperature).to(ctx.dtype), None
+    if temperature is not None:
+        grad = grad / temperature.unsqueeze(-1)
+    return grad.to(ctx.dtype), None
 
 
-def _forward(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _forward(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
     return log_softmax(tempered(logits, temperature))
 
 
-def _fake(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _fake(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
 _log_softmax = define_op(
-    "log_softmax(Tensor logits, float temperature) -> Tensor",
+    "log_softmax(Tensor logits, Tensor? temperature) -> Tensor",
     fake=_fake,
     cpu=_forward,
     cuda=_forward,

@@ -22,7 +22,7 @@ def logits_gradient(
     grad: torch.Tensor,
     entropy: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
-    temperature: float,
+    temperature: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Gradient of the logits from those of logprobs and entropy, times temperature.
@@ -44,7 +44,7 @@ def logits_gradient(
         grad: shape = [num_tokens]
         entropy: shape = [num_tokens]; None without grad_entropy.
         grad_entropy: shape = [num_tokens] or None for zeros.
-        temperature: divides the logits.
+        temperature: divides the logits, shape = [num_tokens]; None for 1.
         dtype: of the result: that of logits, or torch.float32.
 
     Returns:
@@ -62,7 +62,7 @@ def _fake(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 _logits_gradient = define_op(
     "logits_gradient(Tensor logits, Tensor lse, Tensor targets, Tensor grad, "
-    "Tensor? entropy, Tensor? grad_entropy, float temperature, ScalarType dtype) "
+    "Tensor? entropy, Tensor? grad_entropy, Tensor? temperature, ScalarType dtype) "
     "-> Tensor",
     fake=_fake,
     cuda=triton_kernels.logits_gradient,

@@ -26,36 +26,19 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from vllm.model_executor.layers.training.communication import all_gather
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
-    has_kernel,
     refuse_second_derivative,
 )
 from vllm.model_executor.layers.training.ops.linear.op import linear
-from vllm.model_executor.layers.training.ops.logprobs.blocks import Blocks, ranges
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
-    log_softmax,
-    logprobs_at,
-    tempered,
-    uses_samplers_kernels,
-)
+from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
     logits_gradient,
 )
-from vllm.model_executor.layers.training.ops.logprobs.reference import (
-    entropy_reference,
+from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
+    divided_by,
+    new_numbers,
+    of_rows,
+    score,
 )
-from vllm.model_executor.layers.training.ops.logprobs.triton_kernels import (
-    entropy_of_rows,
-    lse_of_rows,
-)
-
-# CPU: products of a few MiB are efficient, and what passes between elementwise steps
-# stays in the cache. CUDA: large products; 192 MiB of bf16 logits.
-CPU_BLOCKS = Blocks(1 << 24, 1 << 19, 1 << 22, 2048, 16)
-CUDA_BLOCKS = Blocks(3 << 25, 1 << 25, 1 << 26, 8192, 256)
-
-
-def _blocks(tensor: torch.Tensor) -> Blocks:
-    return CUDA_BLOCKS if tensor.device.type == "cuda" else CPU_BLOCKS
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,88 +69,39 @@ def _gather_vocab(logits: torch.Tensor, tp_group: str) -> torch.Tensor:
     return all_gather(logits, group, -1)
 
 
-def _entropy_of_rows(logprobs: torch.Tensor) -> torch.Tensor:
-    if logprobs.device.type == "cuda" and has_kernel(logprobs):
-        return entropy_of_rows(logprobs)
-    return entropy_reference(logprobs)
-
-
-def _lse_of_rows(logits: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    if logits.device.type == "cuda" and has_kernel(logits):
-        return lse_of_rows(logits)
-    # From the most likely token, whose log-probability is never -inf.
-    return logits.amax(1) - logprobs.amax(1)
-
-
-def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
-    """On CPU; on CUDA torch's gather asserts it, without a wait for the device."""
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    low, high = targets.min().item(), targets.max().item()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"targets go from {low} to {high}; token ids are 0 to {vocab_size - 1}. "
-            "Leave out tokens without a target."
-        )
-
-
 def _forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    temperature: float,
+    temperature: torch.Tensor | None,
     vocab_size: int,
     vocab_start: int,
     tp_group: str,
     with_entropy: bool,
     for_backward: bool,
 ) -> tuple[torch.Tensor, ...]:
-    _check_targets(targets, vocab_size)
-    logprobs, entropy, lse = _new_numbers(hidden, with_entropy, for_backward)
+    numbers = new_numbers(hidden, len(hidden), with_entropy, for_backward)
     keeps_logits = for_backward and _fits_one_block(hidden, vocab_size)
     kept = hidden.new_empty(0, len(weight))
-    blocks = _blocks(hidden)
-    # The sampler's kernels give a token's logprob without those of the vocabulary.
-    at_targets_only = uses_samplers_kernels(hidden) and not with_entropy
-    for rows in ranges(len(hidden), blocks.tokens_in_forward(vocab_size)):
+    for rows in ranges(len(hidden), blocks_for(hidden).tokens_in_forward(vocab_size)):
         local = linear(hidden[rows], weight, bias)
         if keeps_logits:
             kept = local
-        all_logits = _gather_vocab(local, tp_group)[:, :vocab_size]
-        at_once = len(local) if at_targets_only else blocks.log_softmax // vocab_size
-        for some in ranges(len(local), at_once):
-            logits = tempered(all_logits[some], temperature)
-            here = slice(rows.start + some.start, rows.start + some.stop)
-            index = targets[here].unsqueeze(1)
-            if at_targets_only:
-                logprobs[here] = logprobs_at(logits, index).squeeze(1)
-                if for_backward:
-                    lse[here] = lse_of_rows(logits)
-                continue
-            of_vocab = log_softmax(logits)
-            logprobs[here] = of_vocab.gather(1, index).squeeze(1)
-            if with_entropy:
-                entropy[here] = _entropy_of_rows(of_vocab)
-            if for_backward:
-                lse[here] = _lse_of_rows(logits, of_vocab)
-    return logprobs, entropy, lse, kept
-
-
-def _new_numbers(
-    hidden: torch.Tensor, with_entropy: bool, for_backward: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One a token: logprobs, and entropy and lse or empty tensors."""
-    num_tokens, dtype = hidden.shape[0], _accumulation_dtype(hidden.dtype)
-    logprobs, entropy, lse = (
-        hidden.new_empty(num_tokens if wanted else 0, dtype=dtype)
-        for wanted in (True, with_entropy, for_backward)
-    )
-    return logprobs, entropy, lse
+        scored = score(
+            _gather_vocab(local, tp_group)[:, :vocab_size],
+            targets[rows],
+            of_rows(temperature, rows),
+            with_entropy,
+            for_backward,
+        )
+        for whole, part in zip(numbers, scored):
+            whole[rows] = part
+    return *numbers, kept
 
 
 def _fits_one_block(hidden: torch.Tensor, vocab_size: int) -> bool:
-    return hidden.shape[0] <= _blocks(hidden).tokens_in_forward(vocab_size)
+    return hidden.shape[0] <= blocks_for(hidden).tokens_in_forward(vocab_size)
 
 
 def _fake_forward(
@@ -176,7 +110,8 @@ def _fake_forward(
     vocab_size, with_entropy, for_backward = rest[3], rest[-2], rest[-1]
     keeps_logits = for_backward and _fits_one_block(hidden, vocab_size)
     kept = hidden.new_empty(hidden.shape[0] if keeps_logits else 0, weight.shape[0])
-    return *_new_numbers(hidden, with_entropy, for_backward), kept
+    numbers = new_numbers(hidden, hidden.shape[0], with_entropy, for_backward)
+    return *numbers, kept
 
 
 def _backward(
@@ -186,10 +121,10 @@ def _backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    temperature: torch.Tensor | None,
     entropy: torch.Tensor,
     lse: torch.Tensor,
     kept: torch.Tensor,
-    temperature: float,
     vocab_size: int,
     vocab_start: int,
     need_hidden: bool,
@@ -207,7 +142,7 @@ def _backward(
     if not (len(hidden) and count):
         return tuple(gradient.zero_() for gradient in gradients)
 
-    blocks, dtype = _blocks(hidden), _product_dtype(hidden)
+    blocks, dtype = blocks_for(hidden), _product_dtype(hidden)
     at_once = min(len(hidden), blocks.tokens)
     all_columns = list(ranges(count, blocks.columns_in_backward(at_once)))
     all_rows = list(ranges(len(hidden), at_once))
@@ -227,8 +162,8 @@ def _backward(
                 targets[rows] - (vocab_start + columns.start),
                 grad[rows],
                 None if grad_entropy is None else entropy[rows],
-                None if grad_entropy is None else grad_entropy[rows],
-                temperature,
+                of_rows(grad_entropy, rows),
+                of_rows(temperature, rows),
                 dtype,
             )
             del logits
@@ -301,8 +236,10 @@ def _setup_context(
 ) -> None:
     hidden, weight, bias, targets, temperature, vocab_size, vocab_start = inputs[:7]
     _, entropy, lse, kept = output
-    ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse, kept)
-    ctx.numbers = temperature, vocab_size, vocab_start
+    ctx.save_for_backward(
+        hidden, weight, bias, targets, temperature, entropy, lse, kept
+    )
+    ctx.numbers = vocab_size, vocab_start
     ctx.with_entropy = inputs[8]
     # The gradients of lse and of the kept logits are not wanted as zeros.
     ctx.set_materialize_grads(False)
@@ -315,19 +252,19 @@ def _differentiate(
     grad_entropy: torch.Tensor | None,
     *unused: None,
 ) -> tuple[torch.Tensor | None, ...]:
-    *saved, entropy, lse, kept = ctx.saved_tensors
-    temperature = ctx.numbers[0]
-    grad = torch.zeros_like(lse) if grad is None else grad / temperature
+    *saved, temperature, entropy, lse, kept = ctx.saved_tensors
+    grad = torch.zeros_like(lse) if grad is None else divided_by(grad, temperature)
     if grad_entropy is not None and ctx.with_entropy:
-        grad_entropy = (grad_entropy / temperature).contiguous()
+        grad_entropy = divided_by(grad_entropy, temperature)
     else:
         # AOTAutograd gives an empty gradient to the empty tensor of no entropy.
         grad_entropy = None
     needs = ctx.needs_input_grad[:3]
     gradients = _token_logprobs_backward(
-        grad.contiguous(),
+        grad,
         grad_entropy,
         *saved,
+        temperature,
         entropy,
         lse,
         kept,
@@ -340,8 +277,8 @@ def _differentiate(
 
 _token_logprobs_backward = define_op(
     "token_logprobs_backward(Tensor grad, Tensor? grad_entropy, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor targets, Tensor entropy, Tensor lse, "
-    "Tensor kept, float temperature, int vocab_size, int vocab_start, "
+    "Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, "
+    "Tensor entropy, Tensor lse, Tensor kept, int vocab_size, int vocab_start, "
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_backward,
@@ -350,7 +287,7 @@ _token_logprobs_backward = define_op(
 )
 token_logprobs_op = define_op(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "float temperature, int vocab_size, int vocab_start, str tp_group, "
+    "Tensor? temperature, int vocab_size, int vocab_start, str tp_group, "
     "bool with_entropy, bool for_backward) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     cpu=_forward,

@@ -8,24 +8,23 @@ import torch
 import torch.nn.functional as F
 
 
-def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits divided by the temperature as vLLM's sampler does, untouched at 1.
+def tempered(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    """Logits divided by the temperature as vLLM's sampler does, untouched by None.
 
     The divisor is a tensor: by a number CUDA multiplies with its reciprocal, which has
     other bits.
 
     Args:
-        logits: any shape.
-        temperature: above 0.
+        logits: shape = [..., vocab_size]
+        temperature: above 0, shape = [...]; None for 1.
 
     Returns:
-        fp32 (fp64 for fp64 logits) if the temperature is not 1, the shape of logits.
+        fp32 (fp64 for fp64 logits) with a temperature, the shape of logits.
     """
-    if temperature == 1.0:
+    if temperature is None:
         return logits
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    divisor = logits.new_tensor([temperature], dtype=dtype)
-    return logits.to(dtype, copy=True).div_(divisor)
+    return logits.to(dtype, copy=True).div_(temperature.to(dtype).unsqueeze(-1))
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -45,7 +44,7 @@ def token_logprobs_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    temperature: float,
+    temperature: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the targets and entropies of the rows, by autograd.
 
@@ -54,7 +53,7 @@ def token_logprobs_reference(
         weight: shape = [vocab_size, hidden_size]
         bias: shape = [vocab_size] or None
         targets: int64, shape = [num_tokens]
-        temperature: divides the logits.
+        temperature: divides the logits, shape = [num_tokens]; None for 1.
 
     Returns:
         Both fp32 (fp64 for fp64 inputs), shape = [num_tokens].
@@ -71,11 +70,11 @@ def logits_gradient_reference(
     grad: torch.Tensor,
     entropy: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
-    temperature: float,
+    temperature: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Gradient of the logits; arguments as in `logits_gradient`."""
-    logprobs = logits.to(lse.dtype) / temperature - lse.unsqueeze(1)
+    logprobs = tempered(logits.to(lse.dtype), temperature) - lse.unsqueeze(1)
     slope = grad.unsqueeze(1)
     if entropy is not None and grad_entropy is not None:
         # Where the probability is 0 in any dtype; times -inf it would be NaN.

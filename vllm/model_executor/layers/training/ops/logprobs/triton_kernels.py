@@ -20,18 +20,21 @@ def _logits_gradient_kernel(
     grad,
     entropy,
     grad_entropy,
+    temperature,
     output,
     logits_stride,
     size,
-    temperature,
     has_entropy: tl.constexpr,
+    has_temperature: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     mask = column < size
     logit = tl.load(logits + row * logits_stride + column, mask=mask).to(tl.float32)
-    logprob = logit / temperature - tl.load(lse + row)
+    if has_temperature:
+        logit = logit / tl.load(temperature + row)
+    logprob = logit - tl.load(lse + row)
     g = tl.load(grad + row)
     slope = g
     if has_entropy:
@@ -49,7 +52,7 @@ def logits_gradient(
     grad: torch.Tensor,
     entropy: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
-    temperature: float,
+    temperature: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """shape = [rows, size] -> [rows, size]; arguments as in `logits_gradient`."""
@@ -63,11 +66,12 @@ def logits_gradient(
         grad,
         entropy,
         grad_entropy,
+        temperature,
         output,
         logits.stride(0),
         size,
-        temperature,
         has_entropy=grad_entropy is not None,
+        has_temperature=temperature is not None,
         block=block,
         num_warps=8,
     )
