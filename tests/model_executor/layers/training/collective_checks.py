@@ -174,6 +174,27 @@ def test_a_second_derivative_is_refused(context):
         first.sum().backward()
 
 
+def test_a_tangent_is_refused(context):
+    """On every rank before any of them communicates."""
+    features = 2 * context.tp_size
+    x = torch.ones(3, features)
+    kwargs = {"parallel_context": context}
+    whole = RowParallelLinear(features, 4, input_is_parallel=False, **kwargs)
+    cases = {
+        "collective Copy": lambda x: collectives.copy_to_group(x, context),
+        "collective Gather": lambda x: collectives.gather_from_group(x, context),
+        "collective Split": whole,
+        "column-parallel linear": ColumnParallelLinear(features, features, **kwargs),
+        "collective Reduce|RowParallelLinear": RowParallelLinear(
+            features * context.tp_size, 4, **kwargs
+        ),
+    }
+    for name, function in cases.items():
+        match = f"({name}) has no forward-mode derivative.*on one rank"
+        with pytest.raises(NotImplementedError, match=match):
+            torch.func.jvp(function, (x,), (x,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_sums_in_order_have_the_same_bits_scattered(

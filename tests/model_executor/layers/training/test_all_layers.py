@@ -6,11 +6,15 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
@@ -32,6 +36,7 @@ from vllm.model_executor.layers.training import (
     VLLMFlashAttention,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -216,18 +221,122 @@ def test_the_compiler_sees_one_graph(kind, assert_equal):
     assert backend.frame_count == 1
 
 
+@each_layer
+def test_activation_checkpointing(kind, assert_equal):
+    """Saved tensors may be read once then."""
+    layer, inputs = make(kind, torch.float32)
+    leaves = [t for t in (*layer.parameters(), *inputs) if t.is_floating_point()]
+    outputs = run(layer, inputs)
+    grads = [torch.randn_like(output) for output in outputs]
+    expected = torch.autograd.grad(outputs, leaves, grads)
+    again = checkpoint(partial(run, layer), inputs, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again, leaves, grads), expected):
+        assert_equal("gradient", a, b)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, batch_invariant])
 @pytest.mark.parametrize(
+    # Whose backward reads its output, as that of torch's attention.
     "kind",
-    [RMSNorm, LayerNorm, SiluAndMul, Gelu, GeluAndMul, TrainableAttention],
+    [kind for kind in LAYERS if kind is not TrainableAttention],
     ids=lambda kind: kind.__name__,
+)
+def test_a_result_is_changed_in_place(kind, mode, assert_equal):
+    """It is no view to autograd, which would refuse that, for any number of tokens."""
+    layer, inputs = make(kind, torch.float32)
+    for count in (TOKENS, 1, 0):
+        some = tuple(x[:count].clone() for x in inputs)
+        with mode():
+            output = run(layer, some)[0]
+            expected = output.detach() + 1
+            assert_equal("output", output.add_(1).detach(), expected)
+        output.sum().backward()
+
+
+# What has derivatives of every order and direction where the layer's op has not.
+IN_FLOAT64 = [RMSNorm, LayerNorm, SiluAndMul, Gelu, GeluAndMul]
+WITHOUT_FORWARD_MODE = [
+    *IN_FLOAT64,
+    RotaryEmbedding,
+    TrainableAttention,
+    VLLMFlashAttention,
+]
+# These have in the mode an op, else torch's linear.
+LINEAR = [
+    ColumnParallelLinear,
+    RowParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ParallelLMHead,
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [*IN_FLOAT64, TrainableAttention], ids=lambda kind: kind.__name__
 )
 def test_a_second_derivative_is_refused(kind):
     layer, inputs = make(kind, torch.float32)
     (first,) = torch.autograd.grad(
         run(layer, inputs)[0].square().sum(), inputs[:1], create_graph=True
     )
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    advice = "attention_reference" if kind is TrainableAttention else "pass float64"
+    with pytest.raises(RuntimeError, match=f"no second derivative.*{advice}"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("kind", IN_FLOAT64, ids=lambda kind: kind.__name__)
+def test_float64_has_a_second_derivative_and_forward_mode(kind):
+    layer, inputs = make(kind, torch.float64)
+    inputs = tuple(x[:1] for x in inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+    assert torch.autograd.gradcheck(layer, inputs, check_forward_ad=True)
+
+
+def as_function(layer, inputs):
+    """The layer as a function of its floating-point inputs and parameters alone."""
+    given = dict(layer.named_parameters()) | {
+        index: t for index, t in enumerate(inputs) if t.is_floating_point()
+    }
+    given = {name: t.detach() for name, t in given.items()}
+
+    def function(given):
+        arguments = [given.get(index, t) for index, t in enumerate(inputs)]
+        parameters = {name: t for name, t in given.items() if isinstance(name, str)}
+        output = torch.func.functional_call(layer, parameters, tuple(arguments))
+        return output if isinstance(output, tuple) else (output,)
+
+    return function, given
+
+
+@pytest.mark.parametrize("mode", [nullcontext, batch_invariant])
+@each_layer
+def test_forward_mode_is_right_or_refused(kind, mode):
+    """Not zero. <w, J v> is <J^T w, v>, and J^T is that of autograd."""
+    layer, inputs = make(kind, torch.float32)
+    function, given = as_function(layer, inputs)
+    tangents = {name: torch.randn_like(t) for name, t in given.items()}
+    with mode():
+        outputs, vjp = torch.func.vjp(function, given)
+        grads = tuple(torch.randn_like(output) for output in outputs)
+        (transposed,) = vjp(grads)
+        leaves = [*layer.parameters(), *(t for t in inputs if t.requires_grad)]
+        expected = torch.autograd.grad(run(layer, inputs), leaves, grads)
+        for actual, wanted in zip(transposed.values(), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        in_the_mode = LINEAR if mode is batch_invariant else []
+        if kind in [*WITHOUT_FORWARD_MODE, *in_the_mode]:
+            refused = pytest.raises(NotImplementedError, match="no forward-mode deriv")
+            with refused:
+                torch.func.jvp(function, (given,), (tangents,))
+            with refused, forward_ad.dual_level():
+                function(
+                    {n: forward_ad.make_dual(given[n], tangents[n]) for n in given}
+                )
+            return
+        _, moved = torch.func.jvp(function, (given,), (tangents,))
+    forward = sum((w * t).sum() for w, t in zip(grads, moved))
+    backward = sum((transposed[name] * tangents[name]).sum() for name in given)
+    torch.testing.assert_close(forward, backward, rtol=1e-4, atol=1e-3)
 
 
 @each_layer

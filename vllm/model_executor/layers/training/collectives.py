@@ -33,13 +33,19 @@ nothing. In a step of vLLM's engine they are the engine's own, see `communicatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from vllm.model_executor.layers.training import collective_functions as functions
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor.layers.training.ops.library import refuse_forward_mode
 from vllm.model_executor.parallel_context import ParallelContext
+
+# What has the derivatives that collectives lack, for errors.
+ON_ONE_RANK = "compute it on one rank, which needs no collectives"
 
 Group = ParallelContext | ProcessGroup | None
 
@@ -59,7 +65,7 @@ def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
         group: the ranks.
     """
     ranks = process_group(group)
-    return x if ranks is None else functions.Copy.apply(x, ranks)
+    return x if ranks is None else _apply(functions.Copy, x, ranks)
 
 
 def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -73,8 +79,8 @@ def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     if ranks is None:
         return x
     if is_batch_invariant():
-        return functions.SumParts.apply(ranks, x)
-    return functions.Reduce.apply(x, ranks)
+        return _apply(functions.SumParts, ranks, x)
+    return _apply(functions.Reduce, x, ranks)
 
 
 def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
@@ -93,7 +99,7 @@ def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.T
     ranks = process_group(group)
     if len(parts) == 1 and ranks is None:
         return parts[0]
-    return functions.SumParts.apply(ranks, *parts)
+    return _apply(functions.SumParts, ranks, *parts)
 
 
 def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -105,7 +111,7 @@ def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor
         dim: what the slices lie along, in rank order.
     """
     ranks = process_group(group)
-    return x if ranks is None else functions.AllGather.apply(x, ranks, dim)
+    return x if ranks is None else _apply(functions.AllGather, x, ranks, dim)
 
 
 def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -124,8 +130,8 @@ def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.
         return x
     _check_divisible(x, ranks, dim)
     if is_batch_invariant():
-        return functions.ScatterParts.apply(ranks, dim, x)
-    return functions.ReduceScatter.apply(x, ranks, dim)
+        return _apply(functions.ScatterParts, ranks, dim, x)
+    return _apply(functions.ReduceScatter, x, ranks, dim)
 
 
 def reduce_scatter_parts_from_group(
@@ -145,7 +151,7 @@ def reduce_scatter_parts_from_group(
     if ranks is None:
         return sum_parts_from_group(parts, None)
     _check_divisible(parts[0], ranks, dim)
-    return functions.ScatterParts.apply(ranks, dim, *parts)
+    return _apply(functions.ScatterParts, ranks, dim, *parts)
 
 
 def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
@@ -157,7 +163,7 @@ def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Ten
         dim: what the tensors are put together along.
     """
     ranks = process_group(group)
-    return x if ranks is None else functions.Gather.apply(x, ranks, dim)
+    return x if ranks is None else _apply(functions.Gather, x, ranks, dim)
 
 
 def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
@@ -175,7 +181,7 @@ def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor
     if ranks is None:
         return x
     _check_divisible(x, ranks, dim)
-    return functions.Split.apply(x, ranks, dim)
+    return _apply(functions.Split, x, ranks, dim)
 
 
 def all_to_all_in_group(
@@ -216,7 +222,7 @@ def all_to_all_in_group(
             f"{ranks.size()} ranks each needs that many sizes, and input_sizes must "
             f"add up to {x.shape[0]}. Give both, or neither for equal pieces."
         )
-    return functions.AllToAll.apply(x, ranks, tuple(output_sizes), tuple(input_sizes))
+    return _apply(functions.AllToAll, x, ranks, tuple(output_sizes), tuple(input_sizes))
 
 
 def sum_gradient_over_replicas(
@@ -234,7 +240,14 @@ def sum_gradient_over_replicas(
     ranks = process_group(group)
     if replicas == 1 or ranks is None:
         return param
-    return functions.SumReplicas.apply(param, start, replicas, ranks)
+    return _apply(functions.SumReplicas, param, start, replicas, ranks)
+
+
+def _apply(function: type[Function], *args: Any) -> torch.Tensor:
+    refuse_forward_mode(
+        f"The collective {function.__name__}", *args, instead=ON_ONE_RANK
+    )
+    return function.apply(*args)
 
 
 def _check_divisible(x: torch.Tensor, ranks: ProcessGroup, dim: int) -> None:

@@ -22,8 +22,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from vllm.model_executor.layers.training import communication
-from vllm.model_executor.layers.training.collectives import process_group
-from vllm.model_executor.layers.training.ops.library import autocast_dtype
+from vllm.model_executor.layers.training.collectives import ON_ONE_RANK, process_group
+from vllm.model_executor.layers.training.ops.library import (
+    autocast_dtype,
+    refuse_forward_mode,
+)
 from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -55,6 +58,9 @@ def column_parallel_linear(
     group = process_group(context)
     if group is None:
         return linear(x, weight, bias)
+    refuse_forward_mode(
+        "A column-parallel linear", x, weight, bias, instead=ON_ONE_RANK
+    )
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         # Here, so that autograd casts the gradients back.

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.collectives import (
+    ON_ONE_RANK,
     gather_from_group,
     reduce_from_group,
     reduce_scatter_from_group,
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.training.column_linear import (
     column_parallel_linear,
 )
 from vllm.model_executor.layers.training.linear_base import LinearOutput, ParallelLinear
+from vllm.model_executor.layers.training.ops.library import refuse_forward_mode
 from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
@@ -248,6 +250,9 @@ class RowParallelLinear(ParallelLinear):
         bias = self.bias if self.tp_rank == 0 else None
         products = self._products(x, bias)
         if self.has_bias and self.tp_rank > 0:
+            refuse_forward_mode(
+                "RowParallelLinear", products[0], self.bias, instead=ON_ONE_RANK
+            )
             products[0] = _BiasGradient.apply(products[0], self.bias)
         return self._finish(self._sum(products) if self.reduce_results else products[0])
 

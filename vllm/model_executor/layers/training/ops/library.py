@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from vllm.logger import init_logger
 from vllm.triton_utils import HAS_TRITON
@@ -27,6 +29,8 @@ NAMESPACE = "vllm_training"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # float64 is for checks, in plain torch.
 SUPPORTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
+# What has the derivatives that most ops lack.
+IN_FLOAT64 = "pass float64 inputs, which run in plain torch"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _EXTENSION = Path(__file__).parents[4] / "_training_C.abi3.so"
@@ -109,6 +113,7 @@ def define_op(
     cuda: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    instead: str = IN_FLOAT64,
 ) -> Any:
     """Define an op of the namespace.
 
@@ -120,6 +125,8 @@ def define_op(
         cuda: the op on CUDA tensors.
         backward: as for `torch.library.register_autograd`; None: not differentiable.
         setup_context: likewise.
+        instead: what a caller can do who needs a forward-mode derivative, for an
+            error: "pass ...".
 
     Returns:
         The op, which is called with the schema's arguments.
@@ -145,7 +152,8 @@ def define_op(
         _LIBRARY.impl(name, _as_kernel(cuda), "CUDA")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is not None:
-        _LIBRARY.impl(name, _differentiable(op, backward, setup_context), "Autograd")
+        kernel = _differentiable(op, backward, setup_context, instead)
+        _LIBRARY.impl(name, kernel, "Autograd")
     return op
 
 
@@ -170,29 +178,72 @@ def _as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> NoReturn:
-    """The backward of an op that is a backward itself.
+def refuse_second_derivative_of(
+    name: str, instead: str = IN_FLOAT64
+) -> Callable[..., NoReturn]:
+    """The backward of an op that is the backward of another.
 
     Without one torch would warn and leave its gradient out.
+
+    Args:
+        name: of the other op.
+        instead: what a caller can do who needs a second derivative: "pass ...".
     """
-    raise RuntimeError(
-        "The training ops have no second derivative: their gradients cannot be "
-        "differentiated. Compute what needs one in plain torch, such as full_logprobs "
-        "for token_logprobs, or in float64."
-    )
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{name} has no second derivative: its gradients cannot be differentiated. "
+            f"To differentiate twice, {instead}."
+        )
+
+    return backward
+
+
+FULL_LOGPROBS = "take the targets' columns of full_logprobs, which is plain torch"
+refuse_second_derivative = refuse_second_derivative_of("token_logprobs", FULL_LOGPROBS)
+
+
+def refuse_forward_mode(name: str, *args: Any, instead: str = IN_FLOAT64) -> None:
+    """Refuse arguments with a tangent: torch would leave it out of the result.
+
+    Args:
+        name: of what is called with the arguments.
+        args: of which the tensors are checked.
+        instead: what a caller can do who needs a forward-mode derivative.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    # Outside of forward mode nothing but this is done.
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return
+    for arg in args:
+        if (
+            isinstance(arg, torch.Tensor)
+            and forward_ad.unpack_dual(arg).tangent is not None
+        ):
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative, but an argument of shape "
+                f"{tuple(arg.shape)} has a tangent, as torch.func.jvp, jacfwd, hessian "
+                "and torch.autograd.forward_ad give it. Use reverse mode, such as "
+                "torch.func.vjp, torch.func.jacrev or torch.autograd.grad; or "
+                f"{instead}."
+            )
 
 
 def _differentiable(
     op: Any,
     backward: Callable[..., Any],
     setup_context: Callable[..., Any] | None,
+    instead: str,
 ) -> Callable[..., Any]:
     """The op for torch's Autograd key.
 
     `torch.library.register_autograd` would do the same, but takes host time in each
     call that grows with the square of the number of arguments: 0.07 ms for attention,
-    for which a GPU may have to wait.
+    for which a GPU may have to wait. Nor does it work under torch.func.
     """
+    name = op._opname.removesuffix("_backward")
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = below_autograd(*args)
@@ -201,15 +252,31 @@ def _differentiable(
         return output
 
     def below_autograd(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        # Nor are a kernel's views of its own tensors views to autograd, which would
+        # not let the op's results be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"{op._opname}_function", (torch.autograd.Function,), methods)
+    def forward_in_transform(ctx: Any, *args: Any) -> Any:
+        # torch.func's next transform is below: it differentiates in its own right.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return forward(ctx, *args)
+
+    def function_of(forward: Callable[..., Any]) -> Any:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"{op._opname}_function", (torch.autograd.Function,), methods)
+
+    function, in_transform = function_of(forward), function_of(forward_in_transform)
+    # Of one transform, to which torch.func has come when it calls this key.
+    apply_in_transform = super(torch.autograd.Function, in_transform).apply
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        return below_autograd(*args)
+        refuse_forward_mode(name, *args, instead=instead)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below_autograd(*args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply_in_transform(*args)
+        return function.apply(*args)
 
     return call

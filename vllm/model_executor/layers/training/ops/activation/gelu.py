@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vllm.model_executor.layers.training.ops.library import (
     KERNEL_DTYPES,
     define_op,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
 )
 
 # On CPU torch computes elements that do not fill two vector registers by other
@@ -114,7 +114,7 @@ _gelu_backward = define_op(
     fake=_fake_backward,
     cpu=_cpu_backward,
     cuda=_cuda_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("gelu"),
 )
 _gelu = define_op(
     "gelu(Tensor x, bool tanh) -> Tensor",

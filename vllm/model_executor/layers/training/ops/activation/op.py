@@ -17,7 +17,7 @@ from vllm.model_executor.layers.training.ops.library import (
     define_op,
     from_rows,
     has_kernel,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
     rows_of,
 )
 
@@ -102,7 +102,7 @@ _silu_and_mul_backward = define_op(
     "silu_and_mul_backward(Tensor grad, Tensor x) -> Tensor",
     fake=_fake_backward,
     cuda=triton_kernels.silu_and_mul_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("silu_and_mul"),
 )
 _silu_and_mul = define_op(
     "silu_and_mul(Tensor x) -> Tensor",
@@ -115,7 +115,7 @@ _gelu_and_mul_backward = define_op(
     "gelu_and_mul_backward(Tensor grad, Tensor x, bool tanh) -> Tensor",
     fake=_fake_backward,
     cuda=triton_kernels.gelu_and_mul_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("gelu_and_mul"),
 )
 _gelu_and_mul = define_op(
     "gelu_and_mul(Tensor x, bool tanh) -> Tensor",

@@ -24,7 +24,13 @@ from vllm.model_executor.layers.training.ops.library import (
     SUPPORTED_DTYPES,
     autocast_dtype,
     define_op,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
+)
+
+# What has the derivatives that the op lacks, in every dtype.
+_IN_PLAIN_TORCH = (
+    "use attention_reference of vllm.model_executor.layers.training.ops.attention."
+    "reference, which is plain torch"
 )
 
 # Called for each forward and backward.
@@ -373,7 +379,7 @@ _attention_backward = define_op(
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("attention", _IN_PLAIN_TORCH),
 )
 _attention = define_op(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, "
@@ -385,4 +391,5 @@ _attention = define_op(
     cuda=_forward,
     setup_context=_setup_context,
     backward=_differentiate,
+    instead=_IN_PLAIN_TORCH,
 )

@@ -14,7 +14,7 @@ import torch
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
     from_rows,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
     rows_of,
 )
 from vllm.model_executor.layers.training.ops.norm.arguments import check
@@ -127,9 +127,10 @@ def _grads(
 ) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
-    parameters = ctx.saved_tensors[-2:]
-    grad_x, *grads = _layer_norm_backward(rows_of(grad), *ctx.saved_tensors)
-    grads = (None if p is None else grad for p, grad in zip(parameters, grads))
+    # Once: reading them twice is an error under activation checkpointing.
+    *saved, weight, bias = ctx.saved_tensors
+    grad_x, *grads = _layer_norm_backward(rows_of(grad), *saved, weight, bias)
+    grads = (None if p is None else grad for p, grad in zip((weight, bias), grads))
     return grad_x, *grads, None
 
 
@@ -139,7 +140,7 @@ _layer_norm_backward = define_op(
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("layer_norm"),
 )
 _layer_norm = define_op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) "

@@ -18,7 +18,7 @@ import torch
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
     has_kernel,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
     rows_of,
 )
 from vllm.model_executor.layers.training.ops.norm import triton_kernels
@@ -169,7 +169,7 @@ _rms_norm_backward = define_op(
     "Tensor rstd) -> (Tensor, Tensor)",
     fake=_fake_backward,
     cuda=triton_kernels.rms_norm_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("rms_norm"),
 )
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
