@@ -35,8 +35,13 @@ from vllm.model_executor.layers.training import (
     TrainingLayer,
     VLLMFlashAttention,
     VocabParallelEmbedding,
+    full_logprobs,
+    token_logprobs,
 )
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.layers.training.ops.attention.reference import (
+    attention_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -290,6 +295,32 @@ def test_float64_has_a_second_derivative_and_forward_mode(kind):
     inputs = tuple(x[:1] for x in inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
     assert torch.autograd.gradcheck(layer, inputs, check_forward_ad=True)
+
+
+def test_the_advice_for_attention_and_logprobs_holds():
+    """What their errors name has derivatives of every order and direction."""
+    layer = TrainableAttention(1, 4, sinks=True, params_dtype=torch.float64)
+    q, k, v = (x(3, 1, 4, dtype=torch.float64) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+
+    def attention(*qkv):
+        return attention_reference(*qkv, cu_seqlens, layer.sinks, scale=0.5)[0]
+
+    head = ParallelLMHead(5, 4, params_dtype=torch.float64)
+    hidden, targets = x(2, 4, dtype=torch.float64), torch.tensor([4, 1])
+
+    def logprobs(hidden):
+        return full_logprobs(hidden, head).gather(-1, targets[:, None])[:, 0]
+
+    torch.testing.assert_close(attention(q, k, v), layer(q, k, v))
+    torch.testing.assert_close(logprobs(hidden), token_logprobs(hidden, head, targets))
+    for function, inputs in ((attention, (q, k, v)), (logprobs, (hidden,))):
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    with pytest.raises(NotImplementedError, match="token_logprobs.*full_logprobs"):
+        torch.func.jvp(
+            lambda hidden: token_logprobs(hidden, head, targets), (hidden,), (hidden,)
+        )
 
 
 def as_function(layer, inputs):

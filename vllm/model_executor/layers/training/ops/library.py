@@ -199,10 +199,6 @@ def refuse_second_derivative_of(
     return backward
 
 
-FULL_LOGPROBS = "take the targets' columns of full_logprobs, which is plain torch"
-refuse_second_derivative = refuse_second_derivative_of("token_logprobs", FULL_LOGPROBS)
-
-
 def refuse_forward_mode(name: str, *args: Any, instead: str = IN_FLOAT64) -> None:
     """Refuse arguments with a tangent: torch would leave it out of the result.
 

@@ -19,7 +19,7 @@ import torch
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
     has_kernel,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
 )
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
@@ -38,6 +38,9 @@ from vllm.model_executor.layers.training.ops.logprobs.triton_kernels import (
     entropy_of_rows,
     lse_of_rows,
 )
+
+# What has the derivatives that the ops lack.
+IN_PLAIN_TORCH = "take the targets' columns of full_logprobs, which is plain torch"
 
 
 def score(
@@ -213,7 +216,7 @@ _logits_logprobs_backward = define_op(
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("token_logprobs", IN_PLAIN_TORCH),
 )
 logits_logprobs_op = define_op(
     "logits_logprobs(Tensor logits, Tensor targets, Tensor? temperature, "
@@ -223,4 +226,5 @@ logits_logprobs_op = define_op(
     cuda=score,
     setup_context=_setup_context,
     backward=_differentiate,
+    instead=IN_PLAIN_TORCH,
 )

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from vllm.model_executor.layers.training.communication import all_gather
 from vllm.model_executor.layers.training.ops.library import (
     define_op,
-    refuse_second_derivative,
+    refuse_second_derivative_of,
 )
 from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
@@ -34,6 +34,7 @@ from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
     logits_gradient,
 )
 from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
+    IN_PLAIN_TORCH,
     divided_by,
     new_numbers,
     of_rows,
@@ -283,7 +284,7 @@ _token_logprobs_backward = define_op(
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
-    backward=refuse_second_derivative,
+    backward=refuse_second_derivative_of("token_logprobs", IN_PLAIN_TORCH),
 )
 token_logprobs_op = define_op(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
@@ -294,4 +295,5 @@ token_logprobs_op = define_op(
     cuda=_forward,
     setup_context=_setup_context,
     backward=_differentiate,
+    instead=IN_PLAIN_TORCH,
 )
