@@ -201,6 +201,82 @@ def test_a_batched_model_is_left_as_it_was():
     assert not model.to_vocab._forward_hooks
 
 
+class SoftCapped(nn.Linear):
+    def forward(self, x):
+        return 2 * torch.tanh(super().forward(x) / 2)
+
+
+class OfTheEmbedding(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.weight = embedding.weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, positions):
+        return self.inner(input_ids, positions)
+
+
+def with_head(kind):
+    """A model, and the path of its head."""
+    model: nn.Module = Batched()
+    if kind == "soft cap":
+        model.to_vocab.__class__ = SoftCapped
+    elif kind == "tied":
+        model.to_vocab = OfTheEmbedding(model.embedding)
+    elif kind == "own forward":
+        forward = model.to_vocab.forward
+        model.to_vocab.forward = lambda x: forward(x) * 2
+    elif kind == "hooks":
+        model.to_vocab.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+        model.to_vocab.register_forward_hook(lambda _, args, logits: 2 * logits)
+    else:
+        return Outer(model), "inner.to_vocab"
+    return model, "to_vocab"
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["soft cap", "tied", "own forward", "hooks", "in a submodule"]
+)
+def test_a_head_is_found_or_named_and_called(kind, named):
+    torch.manual_seed(0)
+    model, path = with_head(kind)
+    model.to(DEVICE).eval()
+    ids = PROMPT + SAMPLED
+    scorer = Scorer(model, head=path if named else None)
+    assert scorer.head_path == path
+    states = scorer.hidden_states([ids], [range(len(ids))])
+    (rows,) = scorer.full_logprobs(states, 1.0)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids], device=DEVICE), None)[0]
+    torch.testing.assert_close(rows, logits.log_softmax(-1).cpu())
+    output = an_output(model)
+    assert parity.compare(model, [output], head=path if named else None).all_equal
+
+
+class WithoutHead(Batched):
+    def forward(self, input_ids, positions):
+        return nn.functional.linear(self.embedding(input_ids), self.to_vocab.weight)
+
+
+def test_a_head_that_is_no_module_is_refused():
+    model = WithoutHead().to(DEVICE)
+    with pytest.raises(TypeError, match="WithoutHead is its head.*Compute the logits"):
+        Scorer(model)
+    with pytest.raises(TypeError, match="output of its head 'to_vocab' unchanged"):
+        Scorer(model, head="to_vocab").hidden_states([PROMPT], [[0]])
+    with pytest.raises(ValueError, match="names the head 'head', .* no such submodule"):
+        Scorer(model, head="head")
+
+
 def test_what_follows_the_head_is_refused():
     with pytest.raises(TypeError, match="Scaled is its head"):
         Scorer(Scaled().to(DEVICE))

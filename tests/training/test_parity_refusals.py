@@ -8,12 +8,14 @@ import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.models.gpus import MEMORY
 from vllm import training
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -192,6 +194,61 @@ def test_what_workers_say(engine, name, monkeypatch):
     monkeypatch.setattr(engine, "generate", None)
     with pytest.raises(ValueError, match=advice):
         parity.check(engine, a_model(), PROMPTS)
+
+
+def test_a_trainers_head_is_called(engine):
+    """One that is changed is not taken for its weight."""
+    model = a_model()
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: forward(x) * 1.5
+    report = parity.check(engine, model, PROMPTS, max_tokens=2)
+    assert report.weights_compared and report.equal == 0
+
+
+def test_the_builders_options_say_which_head(engine, monkeypatch):
+    from vllm import ModelRegistry
+
+    spec = SimpleNamespace(options=BuilderOptions(head="output"))
+    entry = SimpleNamespace(model_cls=SimpleNamespace(spec=spec))
+    name = "GenericTransformerForCausalLM"
+    monkeypatch.setitem(ModelRegistry.models, name, entry)
+    with pytest.raises(ValueError, match="names the head 'output', but the module"):
+        parity.check(engine, a_model(), PROMPTS)
+    report = parity.check(engine, a_model(), PROMPTS, max_tokens=1, head="lm_head")
+    assert report.all_equal
+
+
+BAD_PROMPTS = [
+    ([[1.5]], r"prompts\[0\] is \[1.5\]; give a text, or token ids"),
+    ([["a"]], "give a text, or token ids"),
+    ([[True]], "give a text, or token ids"),
+    ([torch.ones(3)], "give a text, or token ids"),
+    ([torch.tensor(3)], "give a text, or token ids"),
+    ([1, 2, 3], r"prompts\[0\] is 1; give"),
+    ("a text", "prompts is 'a text'; give a list of prompts"),
+    (["a text"], r"prompts\[0\] is a text, and the engine has no tokenizer"),
+    ([[1, 2], []], r"prompts\[1\] is empty"),
+    ([[1, 2], [1] * 128], r"prompts\[1\] has 128 tokens; .* at most 127"),
+    ([[1, 300]], r"prompts\[0\] holds the token 300; .* are 0 to 299"),
+    ([[-1]], "holds the token -1"),
+]
+
+
+def test_prompts_are_checked_before_the_engine_gets_them(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "generate", None)
+        for prompts, message in BAD_PROMPTS:
+            with pytest.raises((TypeError, ValueError), match=message):
+                parity.check(engine, a_model(), prompts)
+    ids = [3, 1, 4]
+    prompts = [
+        torch.tensor(ids),
+        np.array(ids, np.uint16),
+        tuple(ids),
+        [*np.array(ids)],
+    ]
+    reports = parity.check(engine, a_model(), prompts, max_tokens=2)
+    assert reports.all_equal and reports.tokens == 8
 
 
 def test_another_attention_kernel(engine):

@@ -4,22 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.training.parity.compare import compare_with
 from vllm.training.parity.localise import ModuleRecorder, first_differing_module
+from vllm.training.parity.prompts import Prompts, engine_prompts
 from vllm.training.parity.refusals import refuse_incomparable
 from vllm.training.parity.report import ParityReport
 from vllm.training.parity.score import Scorer
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
-
-Prompts = Sequence[str] | Sequence[Sequence[int]]
+    from vllm import LLM, RequestOutput, SamplingParams
 
 
 def check(
@@ -31,6 +30,7 @@ def check(
     temperature: float = 1.0,
     full_vocab: bool = False,
     localise: bool = False,
+    head: str | None = None,
 ) -> ParityReport:
     """Sample from the engine and compare its logprobs with the trainer's, bit for bit.
 
@@ -40,26 +40,33 @@ def check(
     Args:
         llm: an engine in batch-invariant mode with the trainer's weights.
         model: the training model. Its gradients, mode and weights stay as they are.
-        prompts: token ids, or texts if the engine has a tokenizer.
+        prompts: token ids, each a list of ints or a tensor or array of integers, shape
+            = [num_tokens]; or texts if the engine has a tokenizer.
         max_tokens: tokens to sample for each prompt.
         temperature: of the sampling.
         full_vocab: compare the logprobs of the whole vocabulary at every token; the
             engine needs max_logprobs=-1.
         localise: if tokens differ, run the first of them again, as a prefill, and name
             the first module whose output differs. For eager engines.
+        head: path of the module in the trainer that gives logits. Default: what the
+            engine's builder was told by `@model_builder(head=...)`, else `lm_head`,
+            else the module whose output the model returns.
 
     Raises:
+        TypeError: a prompt is neither text nor token ids; the trainer's head is not found,
+            or its output changed.
         ValueError: trainer and engine cannot be equal, with every reason and the
             setting to change, or there is nothing to compare.
     """
-    if not prompts:
-        raise ValueError("prompts is empty; give at least one to compare tokens of.")
     weights_note = refuse_incomparable(llm, model, full_vocab, localise)
-    scorer = Scorer(model, _batched(llm))
-    outputs = _generate(llm, prompts, max_tokens, temperature, full_vocab)
+    inputs = engine_prompts(llm, prompts)
+    options = _builder_options(llm)
+    scorer = Scorer(model, options.batched, head or options.head)
+    params = _sampling(max_tokens, temperature, full_vocab)
+    outputs = llm.generate(inputs, params, use_tqdm=False)
     processed = llm.llm_engine.vllm_config.model_config.logprobs_mode != "raw_logprobs"
-    # Greedy sampling does not divide by its temperature, 0.
-    scoring_temperature = temperature if processed and temperature else 1.0
+    # Greedy sampling does not divide by its temperature, 0. vLLM raises a tiny one.
+    scoring_temperature = params.temperature if processed and temperature else 1.0
     report = compare_with(scorer, outputs, full_vocab, scoring_temperature)
     report = replace(
         report, weights_compared=not weights_note, weights_note=weights_note
@@ -69,27 +76,16 @@ def check(
     return report
 
 
-def _generate(
-    llm: LLM,
-    prompts: Prompts,
-    max_tokens: int,
-    temperature: float,
-    full_vocab: bool,
-) -> list[RequestOutput]:
+def _sampling(max_tokens: int, temperature: float, full_vocab: bool) -> SamplingParams:
     from vllm import SamplingParams
 
     # Without a seed: vLLM's CPU engine fails for one where a prefill takes two steps.
-    params = SamplingParams(
+    return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         logprobs=-1 if full_vocab else 0,
         detokenize=False,
     )
-    inputs: list[Any] = [
-        each if isinstance(each, str) else {"prompt_token_ids": list(each)}
-        for each in prompts
-    ]
-    return llm.generate(inputs, params, use_tqdm=False)
 
 
 def _find_layer(
@@ -119,13 +115,13 @@ def _find_layer(
     return first_differing_module(engine, trainer)
 
 
-def _batched(llm: LLM) -> bool | None:
-    """The option that the builder of the engine's model was given."""
+def _builder_options(llm: LLM) -> BuilderOptions:
+    """The options that the builder of the engine's model was given."""
     from vllm import ModelRegistry
 
     for arch in llm.llm_engine.vllm_config.model_config.architectures:
         cls = getattr(ModelRegistry.models.get(arch), "model_cls", None)
         spec = getattr(cls, "spec", None)
         if spec is not None:
-            return spec.options.batched
-    return None
+            return spec.options
+    return BuilderOptions()

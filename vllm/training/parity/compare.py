@@ -58,6 +58,7 @@ def compare(
     full_vocab: bool = False,
     temperature: float = 1.0,
     batched: bool | None = None,
+    head: str | None = None,
 ) -> ParityReport:
     """Compare the logprobs in an engine's outputs with the trainer's, bit for bit.
 
@@ -74,12 +75,14 @@ def compare(
             engine was started with logprobs_mode="processed_logprobs"; there that of
             the sampling, which must not use top_k, top_p, min_p, penalties or biases.
         batched: whether the model wants `[batch, seq]`; see `BuilderOptions.batched`.
+        head: path of the module that gives logits. Default: `lm_head`, else the module
+            whose output the model returns.
 
     Raises:
         ValueError: there is no token to compare, or outputs lack their logprobs.
-        TypeError: a model whose head cannot be found or read.
+        TypeError: a model whose head cannot be found, or that changes its output.
     """
-    return compare_with(Scorer(model, batched), outputs, full_vocab, temperature)
+    return compare_with(Scorer(model, batched, head), outputs, full_vocab, temperature)
 
 
 def compare_with(

@@ -13,8 +13,7 @@ from torch import nn
 
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
-from vllm.model_executor.layers.training.embedding import ParallelLMHead
-from vllm.model_executor.models.builder.head import HeadTap
+from vllm.model_executor.models.builder.head import HeadTap, named_head
 
 # Tokens of one packed forward. More would be no faster.
 PACK = 16384
@@ -31,9 +30,12 @@ class Scorer:
     Args:
         model: `forward(input_ids, positions)` gives logits, the output of its head.
         batched: whether it wants `[batch, seq]`; see `BuilderOptions.batched`.
+        head: path of the head; None to look for it.
     """
 
-    def __init__(self, model: nn.Module, batched: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, batched: bool | None = None, head: str | None = None
+    ) -> None:
         self.model = model
         parameters = inspect.signature(model.forward).parameters
         self.packed = "cu_seqlens" in parameters
@@ -42,8 +44,12 @@ class Scorer:
         if parameter is None:
             raise ValueError(f"{type(model).__name__} has no parameters to compare.")
         self.device = parameter.device
-        with _scoring(model):
-            self.head_path = self._find_head()
+        by_name = named_head(model, head, "parity")
+        if len(by_name) == 1:
+            self.head_path = by_name[0]
+        else:
+            with _scoring(model):
+                self.head_path = self._find_head()
 
     @property
     def head(self) -> nn.Module:
@@ -64,7 +70,7 @@ class Scorer:
         """
         chosen = iter(positions)
         found = []
-        with _scoring(self.model), _tapped(self.head) as tap:
+        with _scoring(self.model), HeadTap(self.head).installed() as tap:
             for pack in self._packs(sequences):
                 output = self._forward(pack)
                 if output is not tap.hidden_states:
@@ -85,7 +91,7 @@ class Scorer:
         """fp32, shape = [num_tokens], on CPU."""
         with _scoring(self.model):
             return token_logprobs(
-                hidden_states, self._head(), targets, temperature=temperature
+                hidden_states, self.head, targets, temperature=temperature
             ).cpu()
 
     def full_logprobs(
@@ -94,12 +100,8 @@ class Scorer:
         """fp32 rows, shape = [at most FULL_ROWS, vocab_size], on CPU."""
         for rows in hidden_states.split(FULL_ROWS):
             with _scoring(self.model):
-                logprobs = full_logprobs(rows, self._head(), temperature=temperature)
+                logprobs = full_logprobs(rows, self.head, temperature=temperature)
             yield logprobs.cpu()
-
-    def _head(self) -> ParallelLMHead | nn.Linear:
-        # token_logprobs itself says which heads it takes.
-        return self.head  # type: ignore[return-value]
 
     def _packs(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
         pack: list[list[int]] = []
@@ -125,35 +127,48 @@ class Scorer:
         return self.model(ids, positions)
 
     def _find_head(self) -> str:
-        """`lm_head`, else the linear layer whose output the model returns.
+        """The innermost module that turns hidden states into what the model returns.
 
         Raises:
             TypeError: there is none.
         """
-        modules = dict(self.model.named_modules())
-        if "lm_head" in modules:
-            return "lm_head"
-        outputs: dict[str, object] = {}
+        calls: list[tuple[str, object]] = []
+
+        def note(path: str, args: tuple, kwargs: dict, output: object) -> None:
+            inputs = (*args, *kwargs.values())
+            if len(inputs) == 1 and _is_floating(inputs[0]):
+                calls.append((path, output))
+
         handles = [
             module.register_forward_hook(
-                lambda _, args, output, path=path: outputs.update({path: output})
+                lambda _, args, kwargs, output, path=path: note(
+                    path, args, kwargs, output
+                ),
+                with_kwargs=True,
             )
-            for path, module in modules.items()
-            if path and isinstance(module, ParallelLMHead | nn.Linear)
+            for path, module in self.model.named_modules()
+            if path
         ]
         try:
             logits = self._forward([[0, 0]])
         finally:
             for handle in handles:
                 handle.remove()
-        for path, output in outputs.items():
+        for path, output in calls:
             if output is logits:
                 return path
         raise TypeError(
             f"Cannot tell which submodule of {type(self.model).__name__} is its head: "
-            "it has no 'lm_head', and its output is not the unchanged output of a "
-            "ParallelLMHead or torch.nn.Linear. Name the head 'lm_head'."
+            "no submodule is called 'lm_head', or several are, and what the model "
+            "returns is not the unchanged output of a module that takes hidden states. "
+            "Compute the logits in a module, also where it uses the embedding's weight "
+            "or scales and caps them, and call it 'lm_head' or give its path, "
+            "head='path'."
         )
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @contextmanager
@@ -167,10 +182,3 @@ def _scoring(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _tapped(head: nn.Module) -> Iterator[HeadTap]:
-    """The head lets hidden states through, so that no logits are computed."""
-    with HeadTap(head).installed() as tap:
-        yield tap

@@ -74,24 +74,36 @@ class HeadTap:
             self.install()
 
 
+def named_head(module: nn.Module, option: str | None, caller: str) -> list[str]:
+    """Paths of the modules that are the head by an option, or by their name.
+
+    One is returned if it is known.
+
+    Raises:
+        ValueError: there is no such module as the option says.
+    """
+    paths = [path for path, _ in module.named_modules() if path]
+    if option is not None and option not in paths:
+        raise ValueError(
+            f"{caller} names the head {option!r}, but the module has no such "
+            f"submodule; it has {', '.join(paths)}."
+        )
+    path = option or "lm_head"
+    if path in paths:
+        return [path]
+    return [path for path in paths if path.rpartition(".")[2] == "lm_head"]
+
+
 def find_head(module: nn.Module, option: str | None, config: Any, builder: str) -> str:
     """Path of the module that gives logits; see `BuilderOptions.head`.
 
     Raises:
         ValueError: There is none, or several could be it.
     """
-    modules = dict(module.named_modules())
-    path = option or "lm_head"
-    if path in modules:
-        return path
-    if option is not None:
-        raise ValueError(
-            f"The builder {builder} names the head {option!r}, but the module has no "
-            f"such submodule; it has {', '.join(n for n in modules if n)}."
-        )
-    by_name = [name for name in modules if name.rpartition(".")[2] == "lm_head"]
+    by_name = named_head(module, option, f"The builder {builder}")
     if len(by_name) == 1:
         return by_name[0]
+    modules = dict(module.named_modules())
     text_config = config.get_text_config()
     sizes = (text_config.vocab_size, text_config.hidden_size)
     candidates = [
