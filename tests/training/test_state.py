@@ -110,6 +110,17 @@ def test_everything_that_does_not_fit_is_named(tmp_path):
     assert torch.equal(model.weight, before) and not optimizer.state
 
 
+def test_what_is_tied_and_was_not_is_refused(tmp_path):
+    """By name, also where the two are equal: their moments are not."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(model.parameters())
+    training.save_state(model, optimizer, tmp_path / "state")
+    model["b"].weight = model["a"].weight
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="Tied .*: model.b.weight and model.a.weight"):
+        training.load_state(model, optimizer, tmp_path / "state")
+
+
 def test_state_of_other_shapes_is_refused(tmp_path):
     trainer = trained(1.0, torch.optim.Adafactor)
     with pytest.raises(ValueError, match=r"Adafactor keeps row_var of shape \[2, 1\]"):

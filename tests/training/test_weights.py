@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Checkpoints: names, loading, saving."""
 
+import copy
 import json
 
 import pytest
@@ -19,6 +20,7 @@ from vllm.model_executor.models.generic_transformer import (
     GenericTransformerForCausalLM,
 )
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training import save_state
 from vllm.training.weights import (
     CheckpointLayout,
     EngineLoader,
@@ -206,6 +208,142 @@ def test_a_tied_tensor_under_its_other_name(tmp_path):
     load_checkpoint(other, tmp_path)
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
     assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("names", ["first last", "last first"])
+def test_tied_tensors_that_differ_are_refused(tmp_path, names):
+    """The head's and the embedding's, by everything that loads."""
+    tied = GenericTransformerForCausalLM(config(tie_word_embeddings=True))
+    tensors = {name: t.clone() for name, t in checkpoint_tensors(tied)}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tensors[head] = tensors[embedding].bfloat16()
+    order = sorted(tensors, reverse=names == "last first")
+    bfloat16 = GenericTransformerForCausalLM(
+        config(tie_word_embeddings=True)
+    ).bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_checkpoint(bfloat16, tmp_path)  # rounded, they are equal
+    assert torch.equal(bfloat16.lm_head.weight, tied.lm_head.weight.bfloat16())
+
+    message = f"different in the checkpoint.*tie_word_embeddings=False .1.: {head} and "
+    before = [p.clone() for p in tied.parameters()]
+    with pytest.raises(ValueError, match=f"{message}{embedding}"):
+        load_checkpoint(tied, tmp_path)
+    tied.config.to_json_file(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=f"{message}{embedding}"):
+        GenericTransformerForCausalLM.from_pretrained(tmp_path)
+    loader = EngineLoader(tied, CheckpointLayout.of(tied), None)
+    loader.load((name, tensors[name]) for name in order if name != head)
+    with pytest.raises(ValueError, match="Tied in the model and different"):
+        loader.load((name, tensors[name]) for name in order)
+    assert all(map(torch.equal, before, tied.parameters()))
+    loader = EngineLoader(tied, CheckpointLayout.of(tied), None)
+    with pytest.raises(ValueError, match="Tied in the model and different"):
+        loader.load((name, tensors[name]) for name in order)
+    tensors[head] = tensors[embedding]
+    for _ in range(2):  # a first load and a later one
+        loader.load((name, tensors[name]) for name in order)
+    assert torch.equal(tied.lm_head.weight, tensors[head])
+
+
+def test_ties_stay(tmp_path):
+    """Where torch gives each place a parameter of its own."""
+    source = GenericTransformerForCausalLM(config(tie_word_embeddings=True))
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    with torch.device("meta"):
+        model, assigned = (
+            GenericTransformerForCausalLM(config(tie_word_embeddings=True))
+            for _ in range(2)
+        )
+    model.to_empty(device="cpu").load_state_dict(state)
+    assigned.load_state_dict(state, assign=True)
+    for each in (model, assigned, copy.deepcopy(source)):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+        assert torch.equal(each.lm_head.weight, source.lm_head.weight)
+    # What is untied on purpose stays so.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.double().to_empty(device="cpu")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="are two parameters. Tie them"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_on_the_meta_device_is_refused(tmp_path):
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    save_checkpoint(nn.Linear(2, 2), tmp_path)
+    module = nn.Linear(2, 2, device="meta")
+    for call in (
+        lambda: load_checkpoint(module, tmp_path),
+        lambda: save_checkpoint(module, tmp_path),
+        lambda: save_state(module, optimizer, tmp_path / "state"),
+        lambda: EngineLoader(module, CheckpointLayout.of(module), None),
+    ):
+        with pytest.raises(ValueError, match=r"are on the meta .* weight. .*to_empty"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64, torch.int64],
+)
+def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype):
+    module = nn.Linear(2, 2, bias=False)
+    before = module.weight.clone()
+    tensors = {"weight": torch.ones(2, 2).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = (
+        rf"Wrong dtype; only fp64.* .1.: weight is {dtype}, the model needs float32"
+    )
+    message = message.replace("torch.", "")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(module, tmp_path)
+    for complete in (True, False):
+        loader = EngineLoader(module, CheckpointLayout.of(module), None, complete)
+        with pytest.raises(ValueError, match=message):
+            loader.load(tensors.items())
+    assert torch.equal(module.weight, before)
+
+
+def test_floats_are_converted(tmp_path):
+    module = nn.Linear(2, 2, bias=False).bfloat16()
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        weight = torch.randn(2, 2, dtype=dtype)
+        save_file({"weight": weight}, tmp_path / "model.safetensors")
+        load_checkpoint(module, tmp_path)
+        assert torch.equal(module.weight, weight.bfloat16())
+    module.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+    for dtype in (torch.int32, torch.float32):
+        tensors = {"weight": weight, "count": torch.ones(1, dtype=dtype)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="count is .*, the model needs int64"):
+            load_checkpoint(module, tmp_path)
+
+
+def test_what_is_no_tensor_is_refused_by_the_engine():
+    """Such as what arrives in an engine that is in another process."""
+    module = nn.Linear(2, 2, bias=False)
+    loader = EngineLoader(module, CheckpointLayout.of(module), None, complete=False)
+    before = module.weight.clone()
+    for given in (
+        [["weight", ["float32", [2, 2], 0]]],
+        {"weight": torch.ones(2, 2)},
+        [("weight", torch.ones(2, 2)), ("bias", None)],
+    ):
+        with pytest.raises(TypeError, match="another process.*weights_path"):
+            loader.load(given)
+    assert torch.equal(module.weight, before)
+
+
+def test_a_tensor_is_given_once():
+    module = QKVParallelLinear(8, 4, 4, 2, part_names=("q", "k", "v"))
+    layout = CheckpointLayout.of(nn.ModuleDict({"qkv": module}))
+    tensors = {n: torch.ones(entry.shape) for n, entry in layout.tensors.items()}
+    loader = EngineLoader(nn.ModuleDict({"qkv": module}), layout, None)
+    with pytest.raises(ValueError, match="Given twice .1.: q.weight"):
+        loader.load([*tensors.items(), ("q.weight", torch.zeros(16, 8))])
+    with pytest.raises(ValueError, match="whole and in parts .1.: qkv.weight"):
+        loader.load([*tensors.items(), ("qkv.weight", torch.zeros(32, 8))])
 
 
 def test_a_module_in_two_places(tmp_path):

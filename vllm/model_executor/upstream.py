@@ -215,7 +215,8 @@ def expect_no_weights(module: torch.nn.Module) -> None:
     """Let a module that vLLM reloads get its tensors back, without a warning."""
     info = get_layerwise_info(module)
     if info.can_load():
-        info.load_numel_total = 0
+        info.load_numel, info.load_numel_total = 0, 0
+        info.loaded_weights = []
 
 
 def reads_model_files(weights: Any) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from vllm.model_executor.layers.training.base import TrainingLayer
@@ -20,6 +19,12 @@ from vllm.model_executor.layers.training.sharding import (
     local_shape,
 )
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.wrappers import (
+    join,
+    named_modules,
+    named_tensors,
+    names_without_wrappers,
+)
 
 
 class DeclaredSharding(NamedTuple):
@@ -47,7 +52,7 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
             from the sharding.
     """
     declared: dict[str, DeclaredSharding] = {}
-    for path, layer in module.named_modules(remove_duplicate=False):
+    for path, _, layer in named_modules(module):
         method = getattr(layer, "parameter_sharding", None)
         if not callable(method):
             continue
@@ -55,9 +60,9 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
         shardings = method()
         if not isinstance(layer, TrainingLayer):
             _check_shapes(layer, path, shardings, context.tp_size)
-        prefix = f"{path}." if path else ""
+        names = names_without_wrappers(layer)
         for name, sharding in shardings.items():
-            declared[prefix + name] = DeclaredSharding(
+            declared[join(path, names.get(name, name))] = DeclaredSharding(
                 sharding, context.tp_rank, context.tp_size
             )
     return declared
@@ -77,12 +82,11 @@ def _context_of(layer: nn.Module, path: str) -> ParallelContext:
 def _check_shapes(
     layer: nn.Module, path: str, shardings: Mapping[str, ParameterSharding], size: int
 ) -> None:
-    tensors: dict[str, torch.Tensor] = {
-        **dict(layer.named_parameters(remove_duplicate=False)),
-        **dict(layer.named_buffers(remove_duplicate=False)),
-    }
+    tensors = dict(named_tensors(layer, persistent=False))
+    clean = names_without_wrappers(layer)
     where = f"parameter_sharding() of {type(layer).__name__} at {path or 'the top'!r}"
-    for name, sharding in shardings.items():
+    for given, sharding in shardings.items():
+        name = clean.get(given, given)
         if name not in tensors:
             raise ValueError(
                 f"{where} names {name!r}, which is no parameter of it; it has "

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vllm.model_executor import upstream
-from vllm.training.layout import CheckpointLayout, tensors_of
+from vllm.training.layout import CheckpointLayout, refuse_meta, tensors_of
 from vllm.training.ranks import gather_objects, rank_and_size
 from vllm.training.shards import held
 
@@ -49,7 +49,7 @@ class Gatherer:
     """Gathers a module's checkpoint tensors, with the other ranks of the job.
 
     Args:
-        module: the module, not under DistributedDataParallel.
+        module: the module.
         alone: whether a module that this rank holds whole is left to this rank, with
             no communication at all; else all ranks take part in any case.
 
@@ -59,6 +59,7 @@ class Gatherer:
 
     Raises:
         RuntimeError: the ranks together do not hold a tensor exactly once.
+        ValueError: the module is on the meta device.
     """
 
     def __init__(self, module: nn.Module, alone: bool) -> None:
@@ -85,6 +86,7 @@ class Gatherer:
         """
         own: dict[str, GatherPlan] = {}
         tensors = tensors_of(module)
+        refuse_meta(tensors)
         parameters = CheckpointLayout.of(module).parameters
         for name, parameter in parameters.items():
             local = held(tensors[name])

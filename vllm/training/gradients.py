@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.layout import CheckpointLayout, tensors_of, unwrapped
+from vllm.training.layout import CheckpointLayout, tensors_of
 from vllm.training.shards import ShardedParameter, held, sharded_mesh_dims
 
 
@@ -43,7 +43,6 @@ def clip_grad_norm_(
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm!r} must be a number above 0.")
-    model = unwrapped(model)
     tensors = tensors_of(model)
     # Alike on every rank, also on one that holds nothing of what is trained.
     dtypes = {tensor.dtype for tensor in tensors.values()}

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.training.declared_sharding import DeclaredSharding, declared_shardings
 from vllm.training.shards import PartName, ShardedParameter, shard_parameter
+from vllm.training.wrappers import join, named_modules, named_tensors, own_tensors
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class CheckpointTensor:
     Attributes:
         parameter: Name of the parameter or buffer that holds it.
         shape: Its full, unsharded shape.
+        dtype: The parameter's.
         parts: The parts of the parameter's sharding that it consists of: one, or
             all for a fused parameter as a whole.
         dim: The dimension along which the parts lie; None if not sharded.
@@ -37,6 +38,7 @@ class CheckpointTensor:
 
     parameter: str
     shape: torch.Size
+    dtype: torch.dtype
     parts: tuple[ShardPart, ...]
     dim: int | None
     origin: int = 0
@@ -81,10 +83,9 @@ class CheckpointLayout:
         layout = cls()
         seen: dict[int, str] = {}
         declared = declared_shardings(module)
-        for path, layer in module.named_modules(remove_duplicate=False):
-            prefix = f"{path}." if path else ""
-            for name, tensor in _own_tensors(layer):
-                full_name = prefix + name
+        for path, _, layer in named_modules(module):
+            for name, tensor in own_tensors(layer):
+                full_name = join(path, name)
                 if id(tensor) in seen:
                     layout.aliases[full_name] = seen[id(tensor)]
                     continue
@@ -92,80 +93,129 @@ class CheckpointLayout:
                 sharding, rank, size = declared.get(full_name) or DeclaredSharding(
                     ParameterSharding.replicated(tensor.shape), 0, 1
                 )
-                stored = layout._add(prefix, name, sharding)
+                stored = layout._add(path, name, sharding, tensor.dtype)
                 layout.parameters[full_name] = shard_parameter(
                     full_name, tensor, sharding, stored, rank, size
                 )
         return layout
 
+    def tensor(self, name: str) -> CheckpointTensor | None:
+        """What a checkpoint's tensor of that name is loaded into; None if nothing."""
+        known = self.aliases.get(name, name)
+        return self.tensors.get(known) or self.fused.get(known)
+
     def _add(
-        self, prefix: str, name: str, sharding: ParameterSharding
+        self, path: str, name: str, sharding: ParameterSharding, dtype: torch.dtype
     ) -> list[PartName]:
         """Name the tensors of a parameter; returns where each part is stored."""
-        parameter = prefix + name
+        parameter = join(path, name)
         parts, dim = sharding.parts, sharding.dim
-        whole = CheckpointTensor(parameter, sharding.shape, parts, dim)
+        whole = CheckpointTensor(parameter, sharding.shape, dtype, parts, dim)
         if dim is None or any(part.name is None for part in parts):
             self.tensors[parameter] = whole
             return [PartName(parameter, tuple(sharding.shape), 0) for _ in parts]
         self.fused[parameter] = whole
-        parent = prefix.rstrip(".").rpartition(".")[0]
+        parent = path.rpartition(".")[0]
         stored, origin = [], 0
         for part in parts:
             shape = list(sharding.shape)
             shape[dim] = part.size
-            full_name = ".".join(filter(None, (parent, part.name, name)))
+            full_name = join(parent, part.name or "", name)
             self.tensors[full_name] = CheckpointTensor(
-                parameter, torch.Size(shape), (part,), dim, origin
+                parameter, torch.Size(shape), dtype, (part,), dim, origin
             )
             stored.append(PartName(full_name, tuple(shape), origin))
             origin += part.size
         return stored
 
 
-def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from layer.named_parameters(recurse=False)
-    for name, buffer in layer.named_buffers(recurse=False):
-        if name not in layer._non_persistent_buffers_set:
-            yield name, buffer
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that is trained, out of DistributedDataParallel."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a module by the names that a layout has."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    """The tensors of a module by the names that a layout has."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in named_tensors(module):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def refuse_meta(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a module that has no memory for its tensors.
+
+    Raises:
+        ValueError: names the first tensor on the meta device.
+    """
+    names = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if names:
+        raise ValueError(
+            f"{len(names)} of the module's {len(tensors)} tensors are on the meta "
+            f"device, which has no memory for them, first {names[0]}. Call "
+            "module.to_empty(device=...) before, and after it whatever fills buffers "
+            "of your own that are not in the checkpoint."
+        )
+
+
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+WRONG_DTYPE = "Wrong dtype; only fp64, fp32, bf16 and fp16 are converted to each other"
 
 
 class LayoutCheck:
-    """Compares the tensors of a checkpoint with a layout, all of them."""
+    """Compares the tensors of a checkpoint with a layout, all of them.
+
+    Attributes:
+        found: The layout's tensors that were matched, with the name each was given
+            under.
+        repeated: Other names under which a tensor was given again, by which tied
+            parameters have several, with the name that was given first. Whoever reads
+            the tensors compares the two.
+        different: Pairs of such names whose tensors are not equal.
+    """
 
     def __init__(self, layout: CheckpointLayout) -> None:
         self.layout = layout
-        self.found: set[str] = set()
-        self.extra: list[str] = []
-        self.misshapen: list[str] = []
+        self.found: dict[str, str] = {}
+        self.repeated: dict[str, str] = {}
+        self.different: list[tuple[str, str]] = []
+        self._problems: dict[str, list[str]] = {
+            "Not in the model": [],
+            "Wrong shape": [],
+            WRONG_DTYPE: [],
+            "Given twice": [],
+        }
 
-    def match(self, name: str, shape: Iterable[int]) -> CheckpointTensor | None:
-        """The layout's tensor of that name; None if it is not to be loaded."""
-        layout = self.layout
-        known = layout.aliases.get(name, name)
-        tensor = layout.tensors.get(known) or layout.fused.get(known)
+    def match(
+        self, name: str, shape: Iterable[int], dtype: torch.dtype | str
+    ) -> CheckpointTensor | None:
+        """The layout's tensor of that name; None if it is not to be loaded.
+
+        Args:
+            name: In the checkpoint.
+            shape: Its full shape.
+            dtype: Its dtype; as text if torch has none like it.
+        """
+        known = self.layout.aliases.get(name, name)
+        tensor = self.layout.tensor(name)
         if tensor is None:
-            self.extra.append(name)
+            self._problems["Not in the model"].append(name)
             return None
-        if name in layout.aliases and known in self.found:
-            return None
-        self.found.add(known)
+        given_before = name in self.repeated or self.found.get(known) == name
+        first = self.found.setdefault(known, name)
+        if given_before:
+            self._problems["Given twice"].append(name)
+        elif first != name:
+            self.repeated[name] = first
         if tuple(shape) != tuple(tensor.shape):
-            self.misshapen.append(
+            self._problems["Wrong shape"].append(
                 f"{name} is {list(shape)}, the model needs {list(tensor.shape)}"
             )
             return None
-        return tensor
+        if dtype != tensor.dtype and not {dtype, tensor.dtype} <= FLOATS:
+            self._problems[WRONG_DTYPE].append(
+                f"{name} is {_text(dtype)}, the model needs {_text(tensor.dtype)}"
+            )
+            return None
+        return None if given_before or first != name else tensor
 
     def missing(self) -> list[str]:
         """Tensors of the layout that have not been matched."""
@@ -190,15 +240,28 @@ class LayoutCheck:
             missing: Names whose absence is an error.
 
         Raises:
-            ValueError: Names every missing, extra and wrongly shaped tensor.
+            ValueError: Names every missing, extra, contradictory and wrongly shaped
+                or typed tensor.
         """
+        split = {
+            tensor.parameter
+            for name, tensor in self.layout.tensors.items()
+            if name in self.found and name != tensor.parameter
+        }
         refuse_misfit(
             {
                 "Missing": missing,
-                "Not in the model": self.extra,
-                "Wrong shape": self.misshapen,
+                **self._problems,
+                "Given whole and in parts": split & self.found.keys(),
+                TIED: [f"{name} and {other}" for name, other in self.different],
             }
         )
+
+
+TIED = (
+    "Tied in the model and different in the checkpoint; leave one out, or keep both by "
+    "tie_word_embeddings=False"
+)
 
 
 def refuse_misfit(problems: Mapping[str, Iterable[str]]) -> None:
@@ -217,6 +280,10 @@ def refuse_misfit(problems: Mapping[str, Iterable[str]]) -> None:
             report.append(f"{title} ({len(names)}): {'; '.join(names)}.")
     if len(report) > 1:
         raise ValueError(" ".join(report))
+
+
+def _text(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _module_of(parameter: str) -> str:

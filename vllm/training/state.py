@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 from vllm.training.files import whole_file
 from vllm.training.layout import (
     CheckpointLayout,
+    refuse_meta,
     refuse_misfit,
     tensors_of,
-    unwrapped,
 )
 from vllm.training.ranks import on_all_ranks, on_rank_0
 from vllm.training.reshard import (
@@ -125,9 +125,10 @@ class _Trained:
     """A model and its optimizer, by the names of the model's layout."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        module = unwrapped(model)
-        self.parameters = CheckpointLayout.of(module).parameters
-        self.tensors = tensors_of(module)
+        layout = CheckpointLayout.of(model)
+        self.parameters, self.aliases = layout.parameters, layout.aliases
+        self.tensors = tensors_of(model)
+        refuse_meta(self.tensors)
         self.optimizer = optimizer
         known = {id(tensor): name for name, tensor in self.tensors.items()}
         groups = optimizer.param_groups
@@ -241,11 +242,13 @@ class _Fit:
     Attributes:
         wanted: names of the stored tensors it needs.
         trained: names of the parameters it trains.
+        aliases: other names of tied parameters, with the name of the first.
         problems: as `refuse_misfit` takes them.
     """
 
     wanted: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
     problems: dict[str, set[str]] = field(default_factory=dict)
 
     @classmethod
@@ -255,7 +258,8 @@ class _Fit:
         record: Mapping[str, Any],
         stored: Mapping[str, TensorStorageMetadata],
     ) -> _Fit:
-        saved, fit = record["parameters"], cls(trained=set(trained.names))
+        saved = record["parameters"]
+        fit = cls(trained=set(trained.names), aliases=trained.aliases)
         used = type(trained.optimizer).__name__
         if used != record["optimizer"]:
             raise ValueError(
@@ -313,11 +317,15 @@ def _refuse(
     for fit in fits:
         together.wanted |= fit.wanted
         together.trained |= fit.trained
+        together.aliases |= fit.aliases
         for title, names in fit.problems.items():
             together._add(title, names)
     extra = {name for name in stored if name.startswith("model.")} - together.wanted
-    together._add("Not in the model", extra)
-    untrained = set(record["parameters"]) - together.trained
+    aliases = {f"model.{name}": first for name, first in together.aliases.items()}
+    apart = [f"{name} and model.{aliases[name]}" for name in extra & aliases.keys()]
+    together._add("Tied in the model and saved apart; resume an untied one", apart)
+    together._add("Not in the model", extra - aliases.keys())
+    untrained = record["parameters"].keys() - together.trained - together.aliases.keys()
     together._add("Not in the optimizer", untrained)
     refuse_misfit(together.problems)
 

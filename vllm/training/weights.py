@@ -2,32 +2,43 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Weights of models made of training layers: sharding, loading, saving."""
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.training.checkpoint_files import CheckpointWriter, checkpoint_files
+from vllm.training.checkpoint_files import (
+    CheckpointWriter,
+    check_files,
+    checkpoint_files,
+    opened,
+)
 from vllm.training.fingerprint import fingerprint
 from vllm.training.gather import Gatherer, GatherPlan
 from vllm.training.layout import (
     CheckpointLayout,
     CheckpointTensor,
     LayoutCheck,
+    refuse_meta,
     tensors_of,
-    unwrapped,
 )
 from vllm.training.ranks import on_rank_0
 from vllm.training.shards import ShardedParameter, held
+from vllm.training.wrappers import (
+    join,
+    named_modules,
+    named_tensors,
+    names_without_wrappers,
+    own_tensors,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -69,6 +80,9 @@ class EngineLoader:
             (tensor.parameter, tensor.parts[0]): name
             for name, tensor in layout.tensors.items()
         }
+        self._paths = {
+            name: path for path, name in names_without_wrappers(model).items()
+        }
         _add_weight_loaders(model, layout)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -79,26 +93,78 @@ class EngineLoader:
                 reads all of them before it changes anything.
 
         Returns:
-            The names of the parameters that were loaded.
+            The names of the parameters that were loaded, as `model` has them.
 
         Raises:
-            ValueError: Names all missing, extra and wrongly shaped tensors.
+            ValueError: Names all tensors that are missing, extra, given twice, or of
+                another shape or dtype, or the file that is damaged.
+            TypeError: What was given is no tensor, as in an engine that is in another
+                process than the tensors.
         """
+        if not self.complete:
+            return self._reload(weights)
         check = LayoutCheck(self.layout)
-        if self.complete:
-            loaded = self._put(check, weights)
-            check.finish(check.missing())
-            self.complete = False
-            return loaded
-        weights = list(weights)
-        for name, tensor in weights:
-            check.match(name, tensor.shape)
+        loaded = self._put(check, self._read(weights))
+        check.finish(check.missing())
+        self.complete = False
+        return loaded
+
+    def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load after all has been checked; what fails leaves the engine as it was."""
         try:
+            given = list(self._read(weights))
+            check = LayoutCheck(self.layout)
+            by_name = dict(given)
+            for name, tensor in given:
+                check.match(name, tensor.shape, tensor.dtype)
+            for name, first in check.repeated.items():
+                self._compare(check, first, by_name[first], name, by_name[name])
             check.finish(check.missing_beside_found())
-        except ValueError:
+            self._expect_only(check)
+            return self._put(LayoutCheck(self.layout), given)
+        except Exception:
             self._abandon_reload()
             raise
-        return self._put(LayoutCheck(self.layout), weights)
+
+    def _read(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights`, once it is known that their files, if any, are in order."""
+        if upstream.reads_model_files(weights) and self.model_config is not None:
+            directory = Path(self.model_config.model)
+            if directory.is_absolute() or directory.is_dir():  # else it is of a hub
+                check_files(directory)
+        for pair in weights:
+            _check_pair(pair)
+            yield pair
+
+    def _compare(
+        self,
+        check: LayoutCheck,
+        first: str,
+        first_tensor: torch.Tensor,
+        name: str,
+        tensor: torch.Tensor,
+    ) -> None:
+        """Note a tied parameter's two tensors if they are loaded as different ones."""
+        entry = self.layout.tensor(name)
+        assert entry is not None, "it was matched"
+        dtype = entry.dtype
+        if not same_bits(first_tensor.to(dtype), tensor.to(first_tensor.device, dtype)):
+            check.different.append((first, name))
+
+    def _expect_only(self, check: LayoutCheck) -> None:
+        """Tell vLLM's reloading which modules get weights.
+
+        It warns of every other one that has parameters or buffers, such as rotary
+        tables and modules that are left as they are on purpose, and restores them.
+        """
+        entries = self.layout.tensors | self.layout.fused
+        parameters = {entries[name].parameter for name in check.found}
+        for name, _, module in named_modules(self.model):
+            own = (join(name, own_name) for own_name, _ in own_tensors(module))
+            if parameters.isdisjoint(self.layout.aliases.get(n, n) for n in own):
+                upstream.expect_no_weights(module)
 
     def never_loaded(self) -> list[str]:
         """Names of this stage's tensors that no load has brought."""
@@ -113,18 +179,22 @@ class EngineLoader:
         self, check: LayoutCheck, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> set[str]:
         """Load every tensor that `check` matches."""
-        targets: dict[str, torch.Tensor] = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
+        targets = dict(named_tensors(self.model, persistent=False))
         tied = defaultdict(list)
         for alias, first in self.layout.aliases.items():
             tied[first].append(alias)
         loaded = set()
+        first_of_tied: dict[str, torch.Tensor] = {}
         for name, tensor in weights:
-            entry = check.match(name, tensor.shape)
+            entry = check.match(name, tensor.shape, tensor.dtype)
+            if name in check.repeated:
+                first = check.repeated[name]
+                if first in first_of_tied:
+                    self._compare(check, first, first_of_tied[first], name, tensor)
             if entry is None:
                 continue
+            if entry.parameter in tied:
+                first_of_tied[name] = tensor
             places = {
                 id(target): target
                 for place in (entry.parameter, *tied[entry.parameter])
@@ -140,7 +210,7 @@ class EngineLoader:
             if is_batch_invariant() and entry.parameter in targets:
                 self._record(entry, tensor, targets[entry.parameter])
             loaded.add(entry.parameter)
-        return loaded
+        return {self._paths.get(name, name) for name in loaded}
 
     def _record(
         self, entry: CheckpointTensor, tensor: torch.Tensor, target: torch.Tensor
@@ -152,13 +222,51 @@ class EngineLoader:
             parts = entry.pieces(tensor)
             named = {self._names[entry.parameter, part]: piece for part, piece in parts}
         for name, piece in named.items():
-            self.fingerprints[name] = fingerprint(piece.to(target.dtype), device)
+            loaded = _narrowed(piece.to(target.dtype), entry.dtype)
+            self.fingerprints[name] = fingerprint(loaded, device)
 
     def _abandon_reload(self) -> None:
         """Give the modules back the weights they had before vLLM began to reload."""
         parameters = self.model.parameters()
         if any(parameter.device.type == "meta" for parameter in parameters):
+            for module in self.model.modules():
+                upstream.expect_no_weights(module)
             upstream.finalize_layerwise_reload(self.model, self.model_config)
+
+
+def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the dtype of the trainer's parameter, unless that changes a value.
+
+    The CPU engine holds sinks of a model in fp16 in fp32.
+    """
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _check_pair(pair: Any) -> None:
+    """Refuse what is no name and tensor."""
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    if is_pair and isinstance(pair[1], torch.Tensor):
+        return
+    given = f"{pair[0]} with a {type(pair[1]).__name__}" if is_pair else repr(pair)
+    raise TypeError(
+        "The engine loads (name, tensor) pairs, and instead of one "
+        f"{given[:200]} arrived. Tensors do not reach an engine in another process: "
+        "write them with save_checkpoint(model, directory) and call "
+        'llm.collective_rpc("reload_weights", kwargs={"weights_path": directory}), or '
+        "start the engine in the trainer's process with "
+        "VLLM_ENABLE_V1_MULTIPROCESSING=0. The engine keeps the weights it had."
+    )
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits, NaN included."""
+    if first.shape != second.shape:
+        return False
+    views = (
+        tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)
+    )
+    return torch.equal(*views)
 
 
 def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -166,11 +274,15 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
-    """Give sharded parameters that have no `weight_loader` one that takes the shard."""
-    for name, parameter in model.named_parameters():
-        sharded = layout.parameters.get(name)
-        if sharded is not None and not hasattr(parameter, "weight_loader"):
-            cast(Any, parameter).weight_loader = _shard_loader(sharded)
+    """Give parameters and buffers that have no `weight_loader` one for their shard."""
+    plain = {
+        name: tensor
+        for name, tensor in named_tensors(model)
+        if name in layout.parameters and not hasattr(tensor, "weight_loader")
+    }
+    refuse_meta(plain)
+    for name, tensor in plain.items():
+        cast(Any, tensor).weight_loader = _shard_loader(layout.parameters[name])
 
 
 def _shard_loader(sharded: ShardedParameter) -> Callable[..., None]:
@@ -201,7 +313,7 @@ def sharding(model: nn.Module) -> dict[str, ShardedParameter]:
         What this rank holds, by parameter name. Tied parameters stand under the first
         of their names.
     """
-    return CheckpointLayout.of(unwrapped(model)).parameters
+    return CheckpointLayout.of(model).parameters
 
 
 def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
@@ -219,20 +331,21 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
         FileNotFoundError: There are no safetensors.
         ValueError: Names all missing, extra and wrongly shaped tensors.
     """
-    module = unwrapped(module)
-    layout = CheckpointLayout.of(module)
-    with ExitStack() as stack:
-        source: dict[str, Any] = {}
-        for path in checkpoint_files(Path(directory)):
-            handle = stack.enter_context(safe_open(path, framework="pt"))
-            source |= dict.fromkeys(handle.keys(), handle)
+    directory = Path(directory)
+    layout, targets = CheckpointLayout.of(module), tensors_of(module)
+    refuse_meta(targets)
+    with opened(directory, checkpoint_files(directory)) as files:
         check = LayoutCheck(layout)
         matched = {
-            name: check.match(name, handle.get_slice(name).get_shape())
-            for name, handle in source.items()
+            name: check.match(name, *_shape_and_dtype(file, name))
+            for name, file in files.items()
         }
+        for name, first in check.repeated.items():
+            entry = layout.tensor(name)
+            assert entry is not None, "it was matched"
+            if not _same_in_files(files, first, name, entry.dtype):
+                check.different.append((first, name))
         check.finish(check.missing())
-        targets = tensors_of(module)
         for name, entry in matched.items():
             if entry is None:
                 continue
@@ -242,12 +355,51 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
             for shard in sharded.shards:
                 if shard.part in parts:
                     box = sharded.source(shard, entry.origin)
-                    sharded.put(target, shard, _read(source[name], name, box))
+                    sharded.put(target, shard, _read(files[name], name, box))
 
 
 def _read(file: Any, name: str, box: tuple[slice, ...]) -> torch.Tensor:
     """A box of a tensor in a safetensors file; a file has no boxes of a scalar."""
     return file.get_slice(name)[box] if box else file.get_tensor(name)
+
+
+def _shape_and_dtype(file: Any, name: str) -> tuple[list[int], torch.dtype | str]:
+    """Of a tensor in a safetensors file; a dtype that is not of `_DTYPES` as text."""
+    header = file.get_slice(name)
+    dtype = header.get_dtype()
+    return header.get_shape(), _DTYPES.get(dtype, dtype)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _same_in_files(
+    files: Mapping[str, Any], first: str, second: str, dtype: torch.dtype
+) -> bool:
+    """Whether two tensors would be loaded as the same; reads some rows at a time."""
+    shape, other_shape = (files[n].get_slice(n).get_shape() for n in (first, second))
+    if shape != other_shape:
+        return False
+    rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
+    boxes = [(slice(i, i + rows),) for i in range(0, shape[0], rows)] if shape else [()]
+    return all(
+        same_bits(*(_read(files[n], n, box).to(dtype) for n in (first, second)))
+        for box in boxes
+    )
 
 
 def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -263,7 +415,7 @@ def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         RuntimeError: The processes together do not hold the module.
     """
-    gatherer = Gatherer(unwrapped(module), alone=True)
+    gatherer = Gatherer(module, alone=True)
     for name in gatherer.plans:
         yield name, gatherer.gather(name)
 
@@ -290,7 +442,7 @@ def save_checkpoint(
         RuntimeError: The processes together do not hold the module, or rank 0 could
             not write; the message says why.
     """
-    gatherer = Gatherer(unwrapped(module), alone=False)
+    gatherer = Gatherer(module, alone=False)
     groups = _file_groups(gatherer.plans, max_shard_size)
     writer = CheckpointWriter(Path(directory), len(groups))
     try:

@@ -49,10 +49,26 @@ def test_each_stage_has_its_layers_under_their_own_index():
     assert made == [2, 3, 4]
     assert [name for name, _ in layers.named_children()] == ["2", "3", "4"]
     assert list(layers) == [layers[2], layers[3], layers[4]]
-    for index in (0, 5, -1):
+    assert layers[-3] is layers[4] and layers[2:4] == list(layers)[:2]
+    for index in (0, 5, -1, -7, 7):
         message = f"Layer {index} is not on this .* which has layers 2 to 4 of 7"
         with pytest.raises(IndexError, match=message):
             layers[index]
+        with pytest.raises(IndexError, match=message):
+            layers[index] = nn.Linear(1, 1)
+    with pytest.raises(IndexError, match="Layer 1 is not on this"):
+        layers[1:]
+
+
+def test_a_layer_is_replaced_in_its_place():
+    layers = PipelineLayers(5, lambda i: nn.Linear(1, 1), stage(1, 2))
+    first, second = layers
+    layers[3] = wrapped = nn.Sequential(first)
+    layers[-1] = other = nn.Identity()
+    assert list(layers) == [wrapped, other] and second not in layers
+    assert [name for name, _ in layers.named_children()] == ["3", "4"]
+    with pytest.raises(TypeError, match="not a Module"):
+        layers[3] = 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

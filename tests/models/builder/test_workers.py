@@ -21,6 +21,7 @@ from tests.models.builder.models import (
 )
 from tests.models.gpus import MEMORY, skip_without_gpus
 from vllm import ModelRegistry
+from vllm.training.weights import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
 ENGINE_TITLES = ("VLLM::", "vllm_Worker", "RayWorkerProc", "multiprocessing.spawn")
@@ -67,15 +68,28 @@ class Outcome:
 
     Attributes:
         completions: What it generated.
+        push_error: What a push of tensors to another process's engine ended in, before
+            it generated.
         error: What ended it.
         seconds: From the kill to the error.
         left: The processes that were still there later.
     """
 
     completions: list = field(default_factory=list)
+    push_error: Exception | None = None
     error: Exception | None = None
     seconds: float = 0
     left: list = field(default_factory=list)
+
+
+def push(llm, model) -> Exception | None:
+    """Send an engine weights, all zeros; what it raises."""
+    tensors = [(n, torch.zeros_like(t)) for n, t in checkpoint_tensors(model)]
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+    except Exception as error:
+        return error
+    return None
 
 
 def kill_while_it_generates(llm) -> tuple[Exception, float]:
@@ -139,7 +153,10 @@ def served(tmp_path_factory, ray_cluster):
                 **MEMORY,
             )
             try:
-                outcome = outcomes[backend] = Outcome(greedy(llm, PROMPTS))
+                outcome = outcomes[backend] = Outcome()
+                if core_of_its_own == "1":
+                    outcome.push_error = push(llm, model)
+                outcome.completions = greedy(llm, PROMPTS)
                 processes = engine_processes()
                 outcome.error, outcome.seconds = kill_while_it_generates(llm)
                 outcome.left = left_over(processes)
@@ -153,6 +170,15 @@ def test_closures_reach_the_workers(served, backend):
     model, outcomes = served
     completions = outcomes[backend].completions
     assert_logprobs_agree_in_bf16(model, PROMPTS, completions)
+
+
+def test_tensors_do_not_reach_another_process(served):
+    """The engine says so and goes on: what it generated later is right."""
+    message = (
+        "model.embed_tokens.weight with a list arrived.*another process.*weights_p"
+    )
+    with pytest.raises(Exception, match=message):
+        raise served[1]["mp"].push_error
 
 
 def test_ray_and_multiprocessing_give_the_same_bits(served):

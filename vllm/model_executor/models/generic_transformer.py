@@ -295,7 +295,22 @@ class GenericTransformerForCausalLM(nn.Module):
         """Write `config.json` and safetensors, which can be served as they are.
 
         Where there are several processes all of them call it: see `save_checkpoint`.
+
+        Raises:
+            ValueError: The config ties head and embedding, and the model does not.
         """
+        embedding, head = self.model.embed_tokens, self.lm_head
+        if (
+            self.config.tie_word_embeddings
+            and embedding is not None
+            and head is not None
+            and head.weight is not embedding.weight
+        ):
+            raise ValueError(
+                "config.tie_word_embeddings is True, but lm_head.weight and "
+                "model.embed_tokens.weight are two parameters. Tie them by "
+                "lm_head.tie_weights(model.embed_tokens), or set it to False."
+            )
         save_checkpoint(self, directory)
         self.config.dtype = next(self.parameters()).dtype
         on_rank_0(partial(self._write_config, Path(directory) / "config.json"))

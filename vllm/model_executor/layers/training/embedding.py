@@ -12,6 +12,8 @@ and their gradient is zero. Checkpoints hold the unpadded vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,9 @@ class _VocabParallel(TrainingLayer):
     """The weight of one row a token, cut over the ranks by rows."""
 
     weight: nn.Parameter
+    # Neither is a submodule: their parameters are their own.
+    _embedding: VocabParallelEmbedding | None
+    _heads: list[ParallelLMHead]
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class _VocabParallel(TrainingLayer):
         parallel_context: ParallelContext | None,
     ) -> None:
         super().__init__(parallel_context)
+        self.__dict__ |= {"_embedding": None, "_heads": []}
         self.sequence_parallel = sequence_parallel
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -75,6 +81,30 @@ class _VocabParallel(TrainingLayer):
 
     def parameter_sharding(self) -> dict[str, ParameterSharding]:
         return {"weight": self._sharding(self.embedding_dim)}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _VocabParallel:
+        with self._ties_kept():
+            super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._ties_kept():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _ties_kept(self) -> Iterator[None]:
+        """Tie again what is tied now, and what torch gives parameters of its own.
+
+        `to_empty()` and `load_state_dict(assign=True)` do, one module after the other.
+        """
+        embedding = self._embedding
+        is_tied = embedding is not None and embedding.weight is self.weight
+        heads = [head for head in self._heads if head.weight is self.weight]
+        yield
+        if embedding is not None and is_tied:
+            self.weight = embedding.weight
+        for head in heads:
+            head.weight = self.weight
 
     def _engine_arguments(self, vllm_config: VllmConfig, prefix: str) -> dict[str, Any]:
         return {
@@ -231,7 +261,8 @@ class ParallelLMHead(_VocabParallel):
             self.draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-        """Share the embedding's weight from now on.
+        """Share the embedding's weight from now on, also after `to_empty()`,
+        `copy.deepcopy` and `load_state_dict(assign=True)` of a module that holds both.
 
         Args:
             embedding: an embedding of the same sizes, dtype and context.
@@ -251,6 +282,8 @@ class ParallelLMHead(_VocabParallel):
                 "sizes, params_dtype and parallel_context."
             )
         self.weight = embedding.weight
+        self.__dict__["_embedding"] = embedding
+        embedding._heads.append(self)
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,14 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from vllm.model_executor import upstream
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -117,6 +120,24 @@ def is_unknown(fields: dict[str, Any]) -> bool:
         or model_type in CONFIG_MAPPING
         or model_type in upstream.CONFIG_REGISTRY
     )
+
+
+def tie_as_configured(model_config: "ModelConfig") -> bool:
+    """Let a training-only module tie its head as its config says.
+
+    vLLM takes `tie_word_embeddings` back where the checkpoint has an `lm_head` of its
+    own, and the engine would serve a head that a trainer's model, tied by the same
+    config, does not have. Of a tied module the loader compares the two tensors.
+
+    Returns:
+        Whether vLLM had taken it back, so that what was built has to be built again.
+    """
+    if not model_config.word_embeddings_untied_by_checkpoint:
+        return False
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        config.tie_word_embeddings = True
+    model_config.word_embeddings_untied_by_checkpoint = False
+    return True
 
 
 def read_configs_of(architectures: Iterable[str]) -> None:

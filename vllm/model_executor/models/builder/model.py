@@ -13,6 +13,7 @@ from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.config import tie_as_configured
 from vllm.model_executor.models.builder.head import HeadTap, find_head
 from vllm.model_executor.models.builder.interface import (
     call_module,
@@ -26,6 +27,7 @@ from vllm.model_executor.models.builder.servable import check_in_engine
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.weights import CheckpointLayout, EngineLoader
+from vllm.training.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,17 +75,24 @@ class BuiltModel(nn.Module):
     spec: ClassVar[BuilderSpec]
 
     def __new__(cls, *, vllm_config: "VllmConfig", prefix: str = "") -> Any:
-        with skip_init():
-            module = cls.spec.build(vllm_config, prefix)
-        # Nothing is trained here; a library's layers may be simpler for knowing it.
-        module.requires_grad_(False)
+        module = cls._build(vllm_config, prefix)
         stages = ParallelContext.current().pp_size
         if has_vllm_interface(module, cls.spec.name, stages):
             bind_engine_layers(module, vllm_config, prefix)
             return module
+        if tie_as_configured(vllm_config.model_config):
+            del module
+            module = cls._build(vllm_config, prefix)
         model = super().__new__(cls)
         object.__setattr__(model, "module", module)
         return model
+
+    @classmethod
+    def _build(cls, vllm_config: "VllmConfig", prefix: str) -> nn.Module:
+        with skip_init():
+            module = unwrapped(cls.spec.build(vllm_config, prefix))
+        # Nothing is trained here; a library's layers may be simpler for knowing it.
+        return module.requires_grad_(False)
 
     # Not registered as submodules: they would change the parameters' names.
     module: nn.Module

@@ -3,6 +3,7 @@
 """Spreading a model's layers over pipeline stages."""
 
 from collections.abc import Callable, Iterator
+from typing import overload
 
 from torch import nn
 
@@ -13,9 +14,10 @@ class PipelineLayers(nn.Module):
     """The layers of this process's pipeline stage, and no others.
 
     With one stage, as in most trainers, these are all layers. Iterating gives them in
-    order. They are submodules named by their index in the whole model, so parameters,
-    checkpoint tensors and KV caches are named as there. Layers are distributed as
-    vLLM distributes those of its own models (VLLM_PP_LAYER_PARTITION overrides it).
+    order; `layers[i] = wrap(layers[i])` puts another module in a layer's place. They
+    are submodules named by their index in the whole model, so parameters, checkpoint
+    tensors and KV caches are named as there. Layers are distributed as vLLM distributes
+    those of its own models (VLLM_PP_LAYER_PARTITION overrides it).
 
     Args:
         num_layers: Of the whole model, at least one per stage.
@@ -50,14 +52,36 @@ class PipelineLayers(nn.Module):
         """How many layers this stage has."""
         return len(self._modules)
 
-    def __getitem__(self, index: int) -> nn.Module:
-        """The layer of that index in the whole model."""
-        if not self.start <= index < self.end:
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Module]: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        """The layer of that index in the whole model, or the layers of a slice of it.
+
+        Negative indices count from the end of the whole model.
+
+        Raises:
+            IndexError: The layer, or one of the slice, is on another stage.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.num_layers))]
+        return self.get_submodule(self._name(index))
+
+    def __setitem__(self, index: int, layer: nn.Module) -> None:
+        """Put a layer in the place of another, such as the same one in a wrapper."""
+        self.add_module(self._name(index), layer)
+
+    def _name(self, index: int) -> str:
+        place = index + self.num_layers if index < 0 else index
+        if not self.start <= place < self.end:
             raise IndexError(
                 f"Layer {index} is not on this pipeline stage, which has layers "
                 f"{self.start} to {self.end - 1} of {self.num_layers}."
             )
-        return self.get_submodule(str(index))
+        return str(place)
 
 
 def stage_bounds(num_layers: int, parallel_context: ParallelContext) -> tuple[int, int]:
