@@ -23,7 +23,8 @@ void onednn_mm(const Tensor& output, const Tensor& input,
       "_C::onednn_mm", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// input [rows, K], bias [N] in input's dtype, oneDNN's handle of a weight
+// input [rows, K], bias [N] in input's dtype, of any strides, oneDNN's handle
+// of a weight
 // -> [rows, N] in input's dtype
 Tensor packed_linear(const Tensor& input, const std::optional<Tensor>& bias,
                      const Tensor& handle, int64_t out_features, bool in_fp32) {
@@ -36,13 +37,19 @@ Tensor packed_linear(const Tensor& input, const std::optional<Tensor>& bias,
       torch::stable::new_empty(input, {multiplied, out_features}, dtype);
   if (rows > 0) {
     Tensor operand = input;
-    if (casts || multiplied != rows || !input.is_contiguous()) {
+    // One column is contiguous with any stride, but not to oneDNN.
+    const bool unit_stride = input.is_contiguous() && input.stride(1) == 1;
+    if (casts || multiplied != rows || !unit_stride) {
       operand =
           torch::stable::new_empty(input, {multiplied, input.size(1)}, dtype);
       torch::stable::copy_(operand, input);
     }
     std::optional<Tensor> added = bias;
-    if (bias && casts) added = torch::stable::to(*bias, dtype);
+    if (added && casts) added = torch::stable::to(*added, dtype);
+    // oneDNN would read past its elements.
+    if (added && !added->is_contiguous()) {
+      added = torch::stable::contiguous(*added);
+    }
     onednn_mm(output, operand, added, handle);
   }
   if (multiplied != rows) output = torch::stable::narrow(output, 0, 0, rows);

@@ -84,6 +84,52 @@ def test_rows_of_a_product_do_not_depend_on_their_number(
         assert linear(x[:0], weight, offset).shape == (0, size)
 
 
+def strided(rows, columns, dtype):
+    """Matrices of every kind of strides, those of tensors that overlap among them."""
+    x = torch.randn(2 * rows + 3, 2 * columns + 3).to(dtype)
+    flat = x.flatten()
+    return [
+        x[:rows, 1 : columns + 1],
+        x[: 2 * rows : 2, : 2 * columns : 2],
+        x[:1, :columns].expand(rows, columns),
+        x[:rows, :1].expand(rows, columns),
+        torch.randn(columns, rows).to(dtype).t(),
+        torch.randn(2 * columns, rows + 1).to(dtype)[::2, :rows].t(),
+        flat.as_strided((rows, columns), (1, 1)),
+        flat.as_strided((rows, columns), (2, 1)),
+    ]
+
+
+@pytest.mark.parametrize("features", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_strides_of_a_product_change_nothing(dtype, features, assert_equal):
+    size = 5
+    biases = [torch.randn(1).expand(size), torch.randn(size, 3)[:, 1], None]
+    for x in strided(3, features, dtype):
+        for index, weight in enumerate(strided(size, features, dtype)):
+            bias = biases[index % len(biases)]
+            bias = None if bias is None else bias.to(dtype)
+            inputs = (x, weight, bias)
+            plain = [
+                None if t is None else t.clone(memory_format=torch.contiguous_format)
+                for t in inputs
+            ]
+            with batch_invariant():
+                actual, expected = linear(*inputs), linear(*plain)
+            what = f"{x.stride()}, {weight.stride()}"
+            assert_equal(what, actual, expected)
+            products = [
+                torch.nn.functional.linear(
+                    *(None if t is None else f(t) for t in plain)
+                )
+                for f in (torch.Tensor.double, lambda t: t.double().abs())
+            ]
+            # Each number is rounded once, on CUDA to TF32, and so are sum and bias.
+            eps = max(torch.finfo(dtype).eps, 2**-10 if ON_CUDA else 0)
+            error = (actual.double() - products[0]).abs()
+            assert (error <= eps * (features + 2) * products[1]).all(), what
+
+
 # On CUDA vLLM's kernel multiplies fp32 in TF32.
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16] + ([] if ON_CUDA else [torch.float32])

@@ -38,9 +38,10 @@ class PackedWeight:
         self.product_dtype = product_dtype(weight.dtype)
         self.out_features = weight.shape[0]
         weight = weight.detach().to(self.product_dtype)
-        # oneDNN takes [K, N] with unit stride in one of the dims.
-        transposed = weight.t() if 1 in weight.stride() else weight.contiguous().t()
-        self._handler = upstream.onednn().pack(transposed)
+        # oneDNN takes [K, N] with rows or columns that are contiguous and apart.
+        if not (_has_rows_apart(weight) or _has_rows_apart(weight.t())):
+            weight = weight.contiguous()
+        self._handler = upstream.onednn().pack(weight.t())
         self.handle: torch.Tensor = self._handler.handler_tensor
 
     def __call__(
@@ -59,6 +60,10 @@ class PackedWeight:
             self.product_dtype == torch.float32,
         )
         return rows.view(*x.shape[:-1], self.out_features)
+
+
+def _has_rows_apart(matrix: torch.Tensor) -> bool:
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 @functools.cache

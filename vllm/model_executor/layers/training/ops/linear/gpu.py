@@ -183,6 +183,8 @@ def _reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     kernels = upstream.batch_invariant_kernels()
+    # It takes the bias to be contiguous.
+    bias = None if bias is None else bias.contiguous()
     return kernels.matmul_persistent(x, weight.t(), bias)
 
 
