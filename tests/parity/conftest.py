@@ -15,7 +15,10 @@ from tests.parity.report import Report
 from tests.parity.subjects import CUDA, FEW_SUBJECTS, SUBJECTS, Subject
 from tests.parity.trainer import TwoRanks
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_large_model.py"]
+# What needs a GPU, and what claims something of the CPU alone.
+ON_CUDA = ["test_large_model.py"]
+ON_CPU = ["test_random_models.py", "test_speculation.py"]
+collect_ignore = ON_CPU if torch.cuda.is_available() else ON_CUDA
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,10 +88,21 @@ def pairs() -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(scope="session")
+def apart() -> Iterator[Engine]:
+    """As `engines`, for those whose front end is in another process than the rest.
+
+    Also for what a process can do once: vLLM starts no second engine on CPU in one
+    that has imported numba, as ngram speculation does.
+    """
+    with _engine(apart=True) as engine:
+        yield engine
+
+
 @contextmanager
-def _engine() -> Iterator[Engine]:
+def _engine(apart: bool = False) -> Iterator[Engine]:
     environment = {"VLLM_BATCH_INVARIANT": "1"}
-    if torch.cuda.is_available():
+    if apart or torch.cuda.is_available():
         # An engine in a process of its own gives all its memory back.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     engine = Engine(Process(environment))

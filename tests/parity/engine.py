@@ -89,22 +89,33 @@ class Engine:
     def sample(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
     ) -> list[Sample]:
-        """Generate for all prompts at once; `params` as of `SamplingParams`."""
-        params = {"temperature": 1.0, "logprobs": 0} | params
+        """Generate for all prompts at once; `params` as of `SamplingParams`.
+
+        Returns:
+            All completions of the first prompt, then those of the next.
+        """
+        each = params | {"max_tokens": max_tokens}
+        return self.sample_each(prompts, [each] * len(prompts))
+
+    def sample_each(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]
+    ) -> list[Sample]:
+        """As `sample`, with parameters for each prompt."""
         outputs = self.process.call(
             in_engine.generate,
             [list(prompt) for prompt in prompts],
-            params | {"max_tokens": max_tokens},
+            [{"temperature": 1.0, "logprobs": 0} | each for each in params],
         )
         return [
             Sample(
                 list(prompt),
-                output["completion"],
-                torch.from_numpy(output["prompt_logprobs"]),
-                torch.from_numpy(output["logprobs"]),
-                output["cached"],
+                completion["completion"],
+                torch.from_numpy(completion["prompt_logprobs"]),
+                torch.from_numpy(completion["logprobs"]),
+                completion["cached"],
             )
-            for prompt, output in zip(prompts, outputs, strict=True)
+            for prompt, completions in zip(prompts, outputs, strict=True)
+            for completion in completions
         ]
 
     def prefill(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -116,6 +127,6 @@ class Engine:
         """Read the weights again and forget what was computed with the old."""
         self.process.call(in_engine.reload_weights)
 
-    def preemptions(self) -> int:
-        """How many requests have been preempted since the start."""
-        return self.process.call(in_engine.preemptions)
+    def counter(self, name: str) -> int:
+        """What one of vLLM's counters has counted since the start."""
+        return self.process.call(in_engine.counter, name)

@@ -5,6 +5,8 @@
 vLLM is imported when the environment is complete.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,28 +36,39 @@ def stop() -> None:
         cleanup_dist_env_and_memory()
 
 
-def generate(prompts: list[list[int]], params: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each prompt's tokens and logprobs as plain values; see `Sample`."""
+def generate(
+    prompts: list[list[int]], params: list[dict[str, Any]]
+) -> list[list[dict[str, Any]]]:
+    """Of each prompt its completions' fields of `Sample`, as plain values.
+
+    Args:
+        prompts: token ids.
+        params: of `SamplingParams`, for each prompt.
+    """
     from vllm import SamplingParams
 
     outputs = _llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(**params, ignore_eos=True, detokenize=False),
+        [SamplingParams(**each, ignore_eos=True, detokenize=False) for each in params],
         use_tqdm=False,
     )
-    full = params["logprobs"] == -1
     return [
-        {
-            "completion": list(output.outputs[0].token_ids),
-            "logprobs": _values(
-                output.outputs[0].token_ids, output.outputs[0].logprobs, full
-            ),
-            "prompt_logprobs": _values(
-                output.prompt_token_ids[1:], (output.prompt_logprobs or [None])[1:]
-            ),
-            "cached": output.num_cached_tokens or 0,
-        }
-        for output in outputs
+        [
+            {
+                "completion": list(completion.token_ids),
+                "logprobs": _values(
+                    completion.token_ids,
+                    completion.logprobs,
+                    full=each["logprobs"] == -1,
+                ),
+                "prompt_logprobs": _values(
+                    output.prompt_token_ids[1:], (output.prompt_logprobs or [None])[1:]
+                ),
+                "cached": output.num_cached_tokens or 0,
+            }
+            for completion in output.outputs
+        ]
+        for output, each in zip(outputs, params, strict=True)
     ]
 
 
@@ -73,6 +86,29 @@ def reload_weights() -> None:
     _llm.reset_prefix_cache()
 
 
-def preemptions() -> int:
-    (counter,) = (m for m in _llm.get_metrics() if m.name == "vllm:num_preemptions")
-    return counter.value
+def counter(name: str) -> int:
+    """The value of one of vLLM's counters, without the "vllm:" before its name."""
+    (found,) = (m for m in _llm.get_metrics() if m.name == f"vllm:{name}")
+    return found.value
+
+
+def check(
+    subject: tuple[Path, str, str, str, str | None],
+    prompts: list[list[int]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Fields of the report of `parity.check`, with a trainer in this process.
+
+    Args:
+        subject: directory, name, dtype, device and attention of the model.
+        prompts: token ids.
+        options: of `parity.check`.
+    """
+    from tests.parity.models import load
+    from vllm.model_executor.parallel_context import ParallelContext
+    from vllm.training import parity
+
+    directory, name, dtype, device, implementation = subject
+    context = ParallelContext.single(device)
+    model = load(directory, name, dtype, context, device, implementation)
+    return json.loads(parity.check(_llm, model, prompts, **options).to_json())

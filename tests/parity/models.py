@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tests.parity import random_models
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     Gelu,
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.training import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -73,6 +75,10 @@ LARGE = DEMO | {
     "initializer_range": 0.03,
 }
 CONFIGS = {"demo": DEMO, "GPT-2": GPT2, "window": WINDOW, "large": LARGE}
+CONFIGS |= {
+    f"random-{seed}": random_models.draw_config(seed)
+    for seed in range(random_models.COUNT)
+}
 
 
 class GPT2Block(nn.Module):
@@ -176,11 +182,16 @@ CLASSES = {
     "GenericTransformerForCausalLM": GenericTransformerForCausalLM,
     "ParityGPT2": GPT2,
     "ParityWindow": Window,
+    random_models.ARCHITECTURE: random_models.RandomModel,
 }
 
 
+@model_builder(supports_pp=True)
 def build(config: PreTrainedConfig, parallel_context: ParallelContext) -> nn.Module:
-    """The builder of all models, for the engine and the trainer."""
+    """The builder of all models, for the engine and the trainer.
+
+    Only the generic transformer is served in pipeline stages.
+    """
     return CLASSES[config.architectures[0]](config, parallel_context)
 
 

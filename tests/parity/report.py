@@ -93,12 +93,12 @@ class Report:
 
     def table(self) -> str:
         width = max(len("equality"), *(len(row.name) for row in self.rows))
-        head = f"{'equality':{width}}  model   dtype      tokens    equal"
+        head = f"{'equality':{width}}  model      dtype      tokens    equal"
         lines = [f"{head}  max |difference|"]
         for row in self.rows:
             mark = "" if row.equal == row.tokens else "  DIFFERENT"
             lines.append(
-                f"{row.name:{width}}  {row.model:6}  {row.dtype:8}  {row.tokens:7}  "
+                f"{row.name:{width}}  {row.model:9}  {row.dtype:8}  {row.tokens:7}  "
                 f"{row.equal:7}  {row.max_abs_diff:16.2e}{mark}"
             )
         return "\n".join(lines)

@@ -80,6 +80,11 @@ class Subject:
         self.engine.start(**self._options() | options)
         return self.engine
 
+    def start_apart(self, engine: Engine, **options: Any) -> Engine:
+        """As `start`, in another `engine`'s process."""
+        engine.start(**self._options() | options)
+        return engine
+
     def begin_pair(self) -> None:
         """Begin to start the engine of two tensor-parallel ranks."""
         self.pair.begin(**self._options(), tensor_parallel_size=2)
@@ -130,13 +135,21 @@ def _subjects() -> list[Subject]:
 
 
 SUBJECTS = _subjects()
+# Each with its own model and options of the engine; see `random_models`.
+RANDOM = [
+    Subject(name, config["dtype"], "CPU_ATTN", True)
+    for name, config in models.CONFIGS.items()
+    if name.startswith("random-")
+]
 # Those of a run on CPU without a report, which is shorter: every model once, both
-# dtypes, both kinds of engine.
+# dtypes, both kinds of engine; and random models of most features.
 FEW_SUBJECTS = [
     Subject("demo", "float32", "CPU_ATTN", True),
     Subject("GPT-2", "bfloat16", "CPU_ATTN", True),
     Subject("window", "float32", "CPU_ATTN", True),
     Subject("demo", "bfloat16", "CPU_ATTN", False),
+    RANDOM[4],
+    RANDOM[13],
 ]
 TENSOR_PARALLEL = [
     Subject("demo", "float32", "CPU_ATTN", True),

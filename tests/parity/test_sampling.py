@@ -28,6 +28,20 @@ eager_only = pytest.mark.parametrize(
     indirect=True,
     ids=str,
 )
+# What a request may be sampled with; raw logprobs are to know nothing of it.
+PARAMETERS = {
+    "temperature, top-k and top-p": {"top_k": 50, "top_p": 0.8},
+    "min-p": {"min_p": 0.05},
+    "logit bias": {"logit_bias": {3: 5.0, 11: -100.0}},
+    "penalties": {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+    },
+    "greedy, penalties": {"temperature": 0, "repetition_penalty": 1.3},
+    "n > 1": {"n": 3},
+    "min-p and penalties": {"min_p": 0.05, "presence_penalty": 1, "prompt_logprobs": 0},
+}
 FILTERS = [{"top_k": 20}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}]
 
 
@@ -59,15 +73,25 @@ def of_samples(subject, samples, function):
 
 
 def test_raw_logprobs_are_those_of_the_model(subject, prompts, record):
-    """Whatever they are sampled with."""
-    params = {"temperature": TEMPERATURE, "top_k": 50, "top_p": 0.8}
-    samples = subject.start().sample(prompts, 16, **params)
+    """Whatever they are sampled with, each request otherwise than its neighbours."""
+    each = [
+        {"temperature": TEMPERATURE, "max_tokens": 16} | PARAMETERS[name]
+        for name in PARAMETERS
+        for _ in prompts
+    ]
+    samples = subject.start().sample_each(prompts * len(PARAMETERS), each)
     scores = trainer.score(subject.trainer, [sample.tokens for sample in samples])
-    record(
-        "(f) raw logprobs, temperature, top-k and top-p",
-        [sample.logprobs for sample in samples],
-        of_completions(scores, samples),
-    )
+    expected = of_completions(scores, samples)
+    for name, params in PARAMETERS.items():
+        count = len(prompts) * params.get("n", 1)
+        mine, samples = samples[:count], samples[count:]
+        values, scores = scores[:count], scores[count:]
+        first, expected = expected[:count], expected[count:]
+        record(f"(f) raw logprobs, {name}", [sample.logprobs for sample in mine], first)
+        if "prompt_logprobs" in params:
+            of_prompts = [s[: len(x.prompt) - 1] for s, x in zip(values, mine)]
+            found = [sample.prompt_logprobs for sample in mine]
+            record(f"(f) raw logprobs of prompts, {name}", found, of_prompts)
 
 
 def test_full_vocabulary(subject, prompts, record):

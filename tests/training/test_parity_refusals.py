@@ -22,6 +22,7 @@ from vllm.model_executor.models.generic_transformer import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import parity, worker
+from vllm.training.fingerprint import fingerprint
 from vllm.training.parity import refusals
 from vllm.training.parity.__main__ import main
 from vllm.training.weights import checkpoint_tensors
@@ -38,6 +39,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
 }
+PRINT = r"\w+\[64, 64\]:[0-9a-f]{16}"
 PROMPTS = [[3, 1, 4], list(range(40)), [7] * 9]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -103,7 +105,8 @@ def test_other_weights_are_refused_until_they_are_sent(engine):
     name = "model.layers.1.self_attn.v_proj.weight"
     with torch.no_grad():
         dict(checkpoint_tensors(model))[name][3, 5] += 0.5
-    with pytest.raises(ValueError, match=f"1 of 21 weights differ, first {name}: "):
+    message = f"1 of 21 weights differ, first {name}: engine {PRINT}, trainer {PRINT} "
+    with pytest.raises(ValueError, match=message):
         parity.check(engine, model, PROMPTS)
     for each in (model, a_model()):
         engine.collective_rpc(
@@ -125,6 +128,7 @@ def test_a_difference_is_localised(engine, monkeypatch):
     layer = "model.layers.1.mlp.down_proj"
     assert report.first_difference.layer == layer
     assert not report.weights_compared and "not compared (a test)" in str(report)
+    assert "next step" in str(report) and "All known settings agree" in str(report)
     with pytest.raises(parity.ParityError, match=f"layer {layer}"):
         report.raise_if_different()
     # The engine is as it was.
@@ -154,7 +158,11 @@ def test_processed_logprobs(engine, monkeypatch):
 SETTINGS = {
     "quantization": ("model_config", "fp8", "quantization=None"),
     "cache_dtype": ("cache_config", "fp8", 'kv_cache_dtype="auto"'),
-    "speculative_config": (None, object(), "without speculative_config"),
+    "speculative_config": (
+        None,
+        SimpleNamespace(method="eagle"),
+        "by 'eagle' on .*'ngram' and 'draft_model' on CPU were shown .* without specul",
+    ),
     "lora_config": (None, object(), "enable_lora=False"),
     "logprobs_mode": ("model_config", "raw_logits", 'logprobs_mode="raw_logprobs"'),
     "max_logprobs": ("model_config", 20, "max_logprobs=-1"),
@@ -277,7 +285,102 @@ def test_weights_that_cannot_be_compared():
     known = {"weights": None, "weights_missing": []}
     assert "load_weights of its own" in refusals._weights(model, [known])[1]
     known = {"weights": {}, "weights_missing": ["a", "b"]}
-    assert "never loaded a, b" in refusals._weights(model, [known])[1]
+    assert refusals._weights(model, [known])[1].endswith("never loaded a, b")
+    others = {"weights": {}, "weights_missing": [*"bcdefg"]}
+    note = refusals._weights(model, [known, others])[1]
+    assert note.endswith("never loaded a, b, c, d, e and 2 more")
+
+
+def stages_of(prints: dict[str, str]) -> list[dict]:
+    """Two tensor-parallel ranks of two pipeline stages; one tensor is on both."""
+    names, shared = list(prints), "model.embed_tokens.weight"
+    return [
+        {
+            "tp_rank": tp_rank,
+            "pp_rank": pp_rank,
+            "weights": {name: prints[name] for name in {shared, *names[pp_rank::2]}},
+            "weights_missing": [],
+        }
+        for pp_rank in range(2)
+        for tp_rank in range(2)
+    ]
+
+
+def test_weights_of_pipeline_stages_are_compared_as_a_whole():
+    model = a_model()
+    prints = {name: fingerprint(tensor) for name, tensor in checkpoint_tensors(model)}
+    assert refusals._weights(model, stages_of(prints)) == ([], "")
+    stages = stages_of(prints)
+    stages[3]["weights"]["model.embed_tokens.weight"] = "other"
+    (reason,) = refusals._weights(model, stages)[0]
+    assert (
+        "1 of 21 weights differ, first model.embed_tokens.weight: engine other on "
+        "pipeline stage 1, tensor-parallel rank 1, trainer" in reason
+    )
+    stages = stages_of(prints)
+    for stage in stages[::2]:  # of rank 0
+        stage["weights"].pop("lm_head.weight", None)
+    stages[1]["weights"]["a.weight"] = stages[1]["weights"]["b.weight"] = "other"
+    lacking, extra = refusals._weights(model, stages)[0]
+    assert "The engine lacks 1 weights that the other has: lm_head.weight." in lacking
+    assert "The trainer lacks 2 weights that the other has: a.weight, b.w" in extra
+
+
+def test_what_is_no_engine_and_no_model(engine):
+    server = SimpleNamespace(generate=None)
+    for llm in (server, "a directory", type(engine), a_model()):
+        with pytest.raises(TypeError, match=r"samples from a vllm.LLM.*parity.compare"):
+            parity.check(llm, a_model(), PROMPTS)
+    for model in ("a directory", GenericTransformerForCausalLM, {}, engine):
+        with pytest.raises(TypeError, match="as model; give the training model, a t"):
+            parity.check(engine, model, PROMPTS)
+
+
+def test_speculation():
+    """On CPU some methods keep the bits of raw logprobs."""
+
+    def reasons(method, device="cpu", mode="raw_logprobs"):
+        config = SimpleNamespace(
+            speculative_config=SimpleNamespace(method=method),
+            device_config=SimpleNamespace(device_type=device),
+            model_config=SimpleNamespace(logprobs_mode=mode),
+        )
+        return list(refusals._speculation(config))
+
+    for method in ("ngram", "draft_model"):
+        assert not reasons(method)
+        (reason,) = reasons(method, "cuda")
+        assert f"by '{method}' on cuda. Only 'ngram' and 'draft_model' on" in reason
+        (reason,) = reasons(method, mode="processed_logprobs")
+        assert 'logprobs_mode="raw_logprobs"' in reason
+    assert "by 'eagle' on cpu" in reasons("eagle")[0]
+
+
+def test_the_setting_of_reduction_shards_is_named():
+    def reason(own, engine, ranks):
+        described = {"tp_reduction_shards": engine, "tp_size": ranks}
+        model = a_model(tp_reduction_shards=own)
+        return " ".join(refusals._reduction_shards(model, described))
+
+    assert not reason(1, 1, 1) and not reason(2, 2, 2) and not reason(2, 2, 1)
+    two_ranks = reason(1, 2, 2)
+    assert "the trainer's model.layers.0.self_attn.o_proj adds up 1: " in two_ranks
+    assert two_ranks.endswith("such as ParallelContext(tp_reduction_shards=2).")
+    assert reason(2, 1, 1).endswith('additional_config={"tp_reduction_shards": 2}.')
+
+
+def test_a_report_of_differences_says_what_to_do_next():
+    difference = parity.Difference(0, 0, 4, 9, -1.0, -2.0)
+    report = parity.ParityReport(2, 1, 1.0, 0.1, False, difference)
+    assert "next step" in str(report) and "tp_reduction_shards=n" in str(report)
+    with pytest.raises(parity.ParityError, match=r"-2.0. parity.check\(llm, model"):
+        report.raise_if_different()
+    assert "next step" not in str(parity.ParityReport(2, 2, 0.0, 0.0, False, None))
+    ours, plain = a_model(), torch.nn.Linear(2, 2)
+    of_two_ranks = {"tp_reduction_shards": 2}
+    assert "no RowParallelLinear" in refusals._next_step(plain, of_two_ranks, False)
+    assert "localise=True" in refusals._next_step(ours, of_two_ranks, False)
+    assert "localise=True" not in refusals._next_step(ours, of_two_ranks, True)
 
 
 def test_a_sharded_trainer_is_told_how_all_its_ranks_compare():

@@ -15,6 +15,7 @@ import torch
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.parity.localise import ModuleRecorder
 from vllm.training.weights import EngineLoader
 
@@ -50,15 +51,17 @@ def describe(worker: Any) -> dict[str, Any]:
         dtype: of the model, such as "bfloat16".
         attention: names of the attention backends in use, with FlashAttention's
             version.
-        tp_size, tp_reduction_shards: see `ParallelContext`.
-        weights: fingerprints of the checkpoint's tensors by name; None where the model
-            has its own `load_weights`.
-        weights_missing: names of tensors that were never loaded.
+        tp_rank, tp_size, pp_rank, pp_size, tp_reduction_shards: see `ParallelContext`.
+            A trainer has the engine's bits if it is built with its number of
+            `tp_reduction_shards`.
+        weights: fingerprints of the checkpoint's tensors that this worker's pipeline
+            stage holds, by name; None where the model has its own `load_weights`.
+        weights_missing: names of this stage's tensors that were never loaded.
     """
     device = worker.device
     is_cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if is_cuda else ()
-    tp_size = worker.parallel_config.tensor_parallel_size
+    context = ParallelContext.current()
     extra = worker.vllm_config.additional_config
     shards = extra.get("tp_reduction_shards") if isinstance(extra, dict) else None
     loader = getattr(worker.get_model(), "loader", None)
@@ -69,8 +72,11 @@ def describe(worker: Any) -> dict[str, Any]:
         "capability": ".".join(map(str, capability)),
         "dtype": str(worker.model_config.dtype).removeprefix("torch."),
         "attention": _attention_backends(worker),
-        "tp_size": tp_size,
-        "tp_reduction_shards": shards or tp_size,
+        "tp_rank": context.tp_rank,
+        "tp_size": context.tp_size,
+        "pp_rank": context.pp_rank,
+        "pp_size": context.pp_size,
+        "tp_reduction_shards": shards or context.tp_size,
         "weights": dict(recorded.fingerprints) if recorded else None,
         "weights_missing": recorded.never_loaded() if recorded else [],
     }

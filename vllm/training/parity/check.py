@@ -53,12 +53,12 @@ def check(
             else the module whose output the model returns.
 
     Raises:
-        TypeError: a prompt is neither text nor token ids; the trainer's head is not found,
-            or its output changed.
+        TypeError: llm is no `vllm.LLM`, model no module, or a prompt neither text nor
+            token ids; or the trainer's head is not found, or its output changed.
         ValueError: trainer and engine cannot be equal, with every reason and the
             setting to change, or there is nothing to compare.
     """
-    weights_note = refuse_incomparable(llm, model, full_vocab, localise)
+    known = refuse_incomparable(llm, model, full_vocab, localise)
     inputs = engine_prompts(llm, prompts)
     options = _builder_options(llm)
     scorer = Scorer(model, options.batched, head or options.head)
@@ -68,9 +68,7 @@ def check(
     # Greedy sampling does not divide by its temperature, 0. vLLM raises a tiny one.
     scoring_temperature = params.temperature if processed and temperature else 1.0
     report = compare_with(scorer, outputs, full_vocab, scoring_temperature)
-    report = replace(
-        report, weights_compared=not weights_note, weights_note=weights_note
-    )
+    report = replace(report, weights_compared=not known.weights_note, **known._asdict())
     if localise and report.first_difference is not None:
         report = report.with_layer(_find_layer(llm, scorer, outputs, report))
     return report
@@ -106,12 +104,13 @@ def _find_layer(
         params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
         llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
     finally:
-        engine = llm.collective_rpc("call_training", args=("stop_recording",))[0]
+        stages = llm.collective_rpc("call_training", args=("stop_recording",))
     recorder = ModuleRecorder(scorer.model)
     try:
         scorer.hidden_states([ids], [[0]])
     finally:
         trainer = recorder.finish()
+    engine = [entry for stage in stages for entry in stage]
     return first_differing_module(engine, trainer)
 
 

@@ -25,7 +25,8 @@ class ModuleRecorder:
     Forwards that follow each other, as those of a prefill in chunks, are joined.
 
     Args:
-        model: takes token ids first; has hooks until `finish`.
+        model: takes token ids and positions, one of each a token; has hooks until
+            `finish`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,8 +42,9 @@ class ModuleRecorder:
                 self.handles.append(module.register_forward_hook(hook))
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        input_ids = args[0] if args else kwargs["input_ids"]
-        self.num_tokens = input_ids.numel()
+        # Later pipeline stages need no ids.
+        of_tokens = (*args, *kwargs.values())
+        self.num_tokens = next(x.numel() for x in of_tokens if x is not None)
         self.calls.clear()
 
     def record(self, path: str, output: Any) -> None:

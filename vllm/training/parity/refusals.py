@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from vllm.model_executor.layers.training.ops.attention.table import (
     default_for,
     used_features,
 )
-from vllm.training.fingerprint import differing, fingerprint
+from vllm.training.fingerprint import fingerprint
 from vllm.training.weights import checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -32,32 +32,50 @@ KERNELS = {
     "FLASH_ATTN version 3": "fa3",
     "TRITON_ATTN": "vllm_triton",
 }
+# Proposers of tokens with which an engine on CPU has the bits of one without.
+SPECULATION_ON_CPU = ("ngram", "draft_model")
+# Names of weights that a message lists.
+LISTED = 5
+
+
+class Comparable(NamedTuple):
+    """What is known of a trainer and an engine that could be equal.
+
+    Attributes:
+        weights_note: why the weights of both are not known to be the same; empty if
+            they are.
+        next_step: what to look at if their tokens differ all the same.
+    """
+
+    weights_note: str
+    next_step: str
 
 
 def refuse_incomparable(
     llm: LLM, model: nn.Module, full_vocab: bool, localise: bool
-) -> str:
+) -> Comparable:
     """Refuse what cannot be equal.
 
-    Returns:
-        Why the weights of both are not known to be the same; empty if they are.
-
     Raises:
+        TypeError: another kind of engine than `vllm.LLM`, or no module.
         ValueError: every reason, each with the setting to change.
     """
+    _check_kinds(llm, model)
     reasons = list(_engine_settings(llm, full_vocab, localise))
     workers = llm.collective_rpc("call_training", args=("describe",))
-    reasons += _engine_state(workers[0])
-    if localise and workers[0]["tp_size"] > 1:
+    engine = _as_a_whole(workers)
+    reasons += _engine_state(engine)
+    if localise and engine["tp_size"] > 1:
         reasons.append(
             "localise=True compares modules' outputs, of which each worker of a "
-            f"tensor-parallel engine has a part (tp_size={workers[0]['tp_size']}): "
-            "start it with tensor_parallel_size=1 and "
-            f'additional_config={{"tp_reduction_shards": {workers[0]["tp_size"]}}}.'
+            f"tensor-parallel engine has a part (tp_size={engine['tp_size']}): start "
+            "it with tensor_parallel_size=1 and "
+            f'additional_config={{"tp_reduction_shards": '
+            f"{engine['tp_reduction_shards']}}}."
         )
     if not reasons:
         # Only an engine that could be equal is compared with the trainer.
-        reasons += _trainer(model, workers[0])
+        reasons += _trainer(model, engine)
     note = ""
     if not reasons:
         differences, note = _weights(model, workers)
@@ -65,7 +83,57 @@ def refuse_incomparable(
     if reasons:
         listing = "".join(f"\n- {reason}" for reason in reasons)
         raise ValueError(f"Trainer and engine cannot be compared bit for bit:{listing}")
-    return note
+    return Comparable(note, _next_step(model, engine, localise))
+
+
+def _check_kinds(llm: Any, model: Any) -> None:
+    """Raise TypeError for what is no `LLM` or no module."""
+    if not callable(getattr(llm, "collective_rpc", None)) or not hasattr(
+        llm, "llm_engine"
+    ):
+        raise TypeError(
+            f"parity.check got {_kind(llm)} as llm, and samples from a vllm.LLM. With "
+            "another engine or a server generate with SamplingParams(logprobs=0) "
+            "yourself and give the outputs to parity.compare(model, outputs)."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"parity.check got {_kind(model)} as model; give the training model, a "
+            "torch.nn.Module with its weights in this process."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+
+
+def _as_a_whole(workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all workers say together; the weights are left out."""
+    attention = set().union(*(worker["attention"] for worker in workers))
+    return workers[0] | {
+        "batch_invariant": all(worker["batch_invariant"] for worker in workers),
+        "attention": sorted(attention),
+        "weights": None,
+    }
+
+
+def _next_step(model: nn.Module, engine: dict[str, Any], localise: bool) -> str:
+    shards = engine["tp_reduction_shards"]
+    layers = model.modules()
+    if shards > 1 and not any(isinstance(x, RowParallelLinear) for x in layers):
+        return (
+            f"The engine adds up {shards} partial products, one a rank, and the "
+            "trainer has no RowParallelLinear, which would do the same. Start the "
+            "engine with tensor_parallel_size=1, or use RowParallelLinear: the sums "
+            "of other libraries' layers have an order of their own."
+        )
+    step = (
+        "All known settings agree. Code between the layers has to be batch-invariant "
+        "and to do the same in trainer and engine"
+    )
+    if not localise:
+        step += "; parity.check(..., localise=True) names the first module that differs"
+    return f"{step}."
 
 
 def _engine_settings(llm: LLM, full_vocab: bool, localise: bool) -> Iterator[str]:
@@ -82,11 +150,7 @@ def _engine_settings(llm: LLM, full_vocab: bool, localise: bool) -> Iterator[str
             f"The engine's KV cache is {cache_dtype}, which rounds keys and values: "
             'start it with kv_cache_dtype="auto".'
         )
-    if config.speculative_config is not None:
-        yield (
-            "The engine decodes speculatively, several tokens at a time: start it "
-            "without speculative_config."
-        )
+    yield from _speculation(config)
     if config.lora_config is not None:
         yield (
             "The engine serves LoRA adapters, which the trainer's weights do not hold: "
@@ -112,6 +176,28 @@ def _engine_settings(llm: LLM, full_vocab: bool, localise: bool) -> Iterator[str
         yield (
             "localise=True watches the engine's modules, which a compiled engine does "
             "not call one by one: start it with enforce_eager=True."
+        )
+
+
+def _speculation(config: Any) -> Iterator[str]:
+    speculation = config.speculative_config
+    if speculation is None:
+        return
+    allowed = " and ".join(map(repr, SPECULATION_ON_CPU))
+    if (
+        config.device_config.device_type != "cpu"
+        or speculation.method not in SPECULATION_ON_CPU
+    ):
+        yield (
+            f"The engine decodes speculatively by {speculation.method!r} on "
+            f"{config.device_config.device_type}. Only {allowed} on CPU were shown to "
+            "keep its bits: start it without speculative_config."
+        )
+    elif config.model_config.logprobs_mode != "raw_logprobs":
+        yield (
+            "vLLM's sampler for speculative decoding does not return the processed "
+            "logprobs of the distribution that it samples from: start the engine with "
+            'logprobs_mode="raw_logprobs", or without speculative_config.'
         )
 
 
@@ -161,21 +247,33 @@ def _trainer(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]:
             f"{worker['dtype']}: start the engine with dtype={given!r}, or score with "
             f"a copy of the trainer in {worker['dtype']}."
         )
-    shards = worker["tp_reduction_shards"]
+    yield from _reduction_shards(model, worker)
+    if here == there:
+        yield from _attention(model, worker["attention"])
+
+
+def _reduction_shards(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]:
+    """The first row-parallel layer that adds up otherwise than the engine's."""
+    shards, ranks = worker["tp_reduction_shards"], worker["tp_size"]
     for path, layer in model.named_modules():
         if not isinstance(layer, RowParallelLinear):
             continue
         own = layer.parallel_context.tp_reduction_shards
-        if own != shards:
-            yield (
-                f"The engine adds up {shards} partial products in its row-parallel "
-                f"layers, the trainer's {path} {own}: build the trainer with "
-                f"ParallelContext(tp_reduction_shards={shards}), or start the engine "
-                f'with additional_config={{"tp_reduction_shards": {own}}}.'
-            )
-            break
-    if here == there:
-        yield from _attention(model, worker["attention"])
+        if own == shards:
+            continue
+        advice = (
+            "build the trainer with a parallel context of "
+            f"tp_reduction_shards={shards}, such as "
+            f"ParallelContext(tp_reduction_shards={shards})"
+        )
+        if own % ranks == 0:
+            setting = f'additional_config={{"tp_reduction_shards": {own}}}'
+            advice += f", or start the engine with {setting}"
+        yield (
+            f"The engine adds up {shards} partial products in its row-parallel layers, "
+            f"the trainer's {path} adds up {own}: {advice}."
+        )
+        return
 
 
 def _attention(model: nn.Module, backends: list[str]) -> Iterator[str]:
@@ -224,25 +322,54 @@ def _implementation(model: nn.Module, layer: TrainableAttention) -> str | None:
 
 
 def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """Reasons to refuse, and why the weights could not be compared."""
+    """Reasons to refuse, and why the weights could not be compared.
+
+    A worker has the weights of its pipeline stage, so those of all stages of each
+    tensor-parallel rank are compared with the trainer's.
+    """
     if any(worker["weights"] is None for worker in workers):
         return [], "the engine's model has a load_weights of its own"
-    missing = workers[0]["weights_missing"]
+    missing = {name for worker in workers for name in worker["weights_missing"]}
     if missing:
-        return [], f"the engine never loaded {', '.join(missing)}"
+        return [], f"the engine never loaded {_listed(missing)}"
     own = {name: fingerprint(tensor) for name, tensor in checkpoint_tensors(model)}
+    other: dict[str, str] = {}
+    held: dict[int, set[str]] = {}
     for worker in workers:
-        names = differing(own, worker["weights"])
+        held.setdefault(worker["tp_rank"], set()).update(worker["weights"])
+        for name, print_ in worker["weights"].items():
+            if name in own and print_ != own[name]:
+                place = ""
+                if len(workers) > 1:
+                    place = (
+                        f" on pipeline stage {worker['pp_rank']}, tensor-parallel "
+                        f"rank {worker['tp_rank']}"
+                    )
+                other.setdefault(name, print_ + place)
+    reasons = []
+    if other:
+        name = min(other)
+        reasons.append(
+            f"{len(other)} of {len(own)} weights differ, first {name}: engine "
+            f"{other[name]}, trainer {own[name]} (dtype, shape and a sum of the "
+            "bits). Send the engine the trainer's: save_checkpoint(model, directory), "
+            "llm.collective_rpc('reload_weights', kwargs={'weights_path': directory}), "
+            "llm.reset_prefix_cache(); a trainer of several dtypes is cast to the "
+            "engine's and cannot be equal."
+        )
+    for lacking, names in (
+        ("engine", own.keys() - set.intersection(*held.values())),
+        ("trainer", set.union(*held.values()) - own.keys()),
+    ):
         if names:
-            name = names[0]
-            reason = (
-                f"{len(names)} of {len(own)} weights differ, first {name}: engine "
-                f"{worker['weights'].get(name)}, trainer {own.get(name)} (dtype, "
-                "shape and a sum of the bits). Send the engine the trainer's: "
-                "save_checkpoint(model, directory), llm.collective_rpc("
-                "'reload_weights', kwargs={'weights_path': directory}), "
-                "llm.reset_prefix_cache(); a trainer of several dtypes is cast to the "
-                "engine's and cannot be equal."
+            reasons.append(
+                f"The {lacking} lacks {len(names)} weights that the other has: "
+                f"{_listed(names)}. Build both with one builder and one config."
             )
-            return [reason], ""
-    return [], ""
+    return reasons, ""
+
+
+def _listed(names: set[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first, more = sorted(names)[:LISTED], len(names) - LISTED
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")

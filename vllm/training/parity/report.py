@@ -10,6 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+# What a comparison that knows nothing of the engine can say.
+ASK_THE_ENGINE = (
+    "parity.check(llm, model, prompts) names settings and weights with which trainer "
+    "and engine cannot be equal: an engine outside batch-invariant mode, for one, or "
+    "one of n tensor-parallel ranks and a trainer without tp_reduction_shards=n."
+)
+
 
 class ParityError(RuntimeError):
     """Trainer and engine differ."""
@@ -70,6 +77,7 @@ class ParityReport:
         weights_note: why they are not known to be.
         differences: trainer minus engine of each token, fp64, shape = [tokens]; with
             the full vocabulary that of the entry which differs most.
+        next_step: what to look at if tokens differ.
     """
 
     tokens: int
@@ -83,6 +91,7 @@ class ParityReport:
     differences: torch.Tensor = field(
         repr=False, compare=False, default_factory=lambda: torch.zeros(0)
     )
+    next_step: str = ASK_THE_ENGINE
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -106,7 +115,7 @@ class ParityReport:
             raise ParityError(
                 f"Trainer and engine differ in {self.tokens - self.equal} of "
                 f"{self.tokens} tokens, by at most {self.max_abs_diff:.3g} nats (KL "
-                f"{self.kl:.3g}). First: {self.first_difference}."
+                f"{self.kl:.3g}). First: {self.first_difference}. {self.next_step}"
             )
 
     def with_layer(self, layer: str | None) -> ParityReport:
@@ -136,6 +145,8 @@ class ParityReport:
                 else f"not compared ({self.weights_note})"
             ),
         }
+        if not self.all_equal:
+            rows["next step"] = self.next_step
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}   {value}" for name, value in rows.items())
 
