@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from vllm.logprobs import Logprob
+from vllm.model_executor.layers.training import VLLMFlashAttention
+from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -19,6 +21,7 @@ from vllm.training import parity
 from vllm.training.fingerprint import differing, fingerprint, row_fingerprints
 from vllm.training.parity.localise import ModuleRecorder, first_differing_module
 from vllm.training.parity.score import Scorer
+from vllm.training.weights import CheckpointLayout, EngineLoader, checkpoint_tensors
 
 PROMPT, SAMPLED = [5, 9, 2], [7, 11, 3, 1]
 ON_CUDA = torch.cuda.is_available()
@@ -324,6 +327,23 @@ def test_a_fingerprint_spans_chunks_and_odd_offsets():
     half = torch.randn(9).bfloat16()
     assert fingerprint(half[1:]) == fingerprint(half[1:].clone())
     assert differing({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a", "b", "c"]
+
+
+def test_weights_that_the_engine_widens_are_the_same():
+    """As its sinks of a model in fp16; other values in fp32 are not."""
+    model = VLLMFlashAttention(64, 2, sinks=True, params_dtype=torch.float16)
+    with torch.no_grad():
+        model.attn.sinks.uniform_()
+    given = dict(checkpoint_tensors(model))
+    own = {name: fingerprint(tensor) for name, tensor in given.items()}
+    loader = EngineLoader(model, CheckpointLayout.of(model), None)
+    model.attn.sinks.data = model.attn.sinks.data.float()
+    for rounding in (0, 1e-5):
+        given["attn.sinks"] = given["attn.sinks"].float() + rounding
+        with batch_invariant():
+            loader.load(list(given.items()))
+        names = ["attn.sinks"] if rounding else []
+        assert differing(own, loader.fingerprints) == names
 
 
 def test_localise(model):
