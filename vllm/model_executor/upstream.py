@@ -46,6 +46,8 @@ modules below may import that one.
     expect_no_weights: tells it that a module gets none.
     reads_model_files: whether an iterator of weights is vLLM's over a model's files.
     MODEL_ARCH_BY_HASH: the cache of classes that architectures were resolved to.
+    checkpoint_dtype: the dtype that a model's config or its safetensors say.
+    auto_dtype: what `dtype="auto"` makes of it.
     HFConfigParser, CONFIG_PARSERS, CONFIG_REGISTRY: how a model's config.json is
         read, and which model types vLLM knows.
 """
@@ -64,6 +66,7 @@ from vllm.config import (
     get_current_vllm_config_or_none,
     set_current_vllm_config,
 )
+from vllm.config.model import _resolve_auto_dtype as auto_dtype
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
@@ -118,6 +121,9 @@ from vllm.transformers_utils.config import (
 )
 from vllm.transformers_utils.config import (
     HFConfigParser,
+)
+from vllm.transformers_utils.model_arch_config_convertor import (
+    ModelArchConfigConvertorBase,
 )
 
 
@@ -219,6 +225,16 @@ def expect_no_weights(module: torch.nn.Module) -> None:
         info.loaded_weights = []
 
 
+def checkpoint_dtype(model_config: Any) -> torch.dtype:
+    """The dtype in a model's config or, where it has none, of its safetensors."""
+    return ModelArchConfigConvertorBase.get_torch_dtype(
+        model_config.hf_config,
+        model_config.model,
+        revision=model_config.revision,
+        config_format=model_config.config_format,
+    )
+
+
 def reads_model_files(weights: Any) -> bool:
     """Whether `weights` are what vLLM reads from the directory `ModelConfig.model`."""
     code = getattr(weights, "gi_code", None)
@@ -260,7 +276,9 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
+    "auto_dtype",
     "batch_invariant_kernels",
+    "checkpoint_dtype",
     "cpu_attention",
     "current_platform",
     "destroy_distributed_environment",

@@ -3,6 +3,7 @@
 """Registrations: what the registry accepts, and how they travel to other processes."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from types import SimpleNamespace
 
 import cloudpickle
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vllm import ModelRegistry
-from vllm.model_executor.models.builder import registration
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.builder import config, registration
 from vllm.model_executor.models.builder.registration import (
     SerializedRegistration,
     serialize,
@@ -25,7 +29,12 @@ pytestmark = pytest.mark.usefixtures("clean_registry")
 
 
 def fake_config(arch: str, registered: dict | None = None):
-    return SimpleNamespace(architectures=[arch], registered_models=registered or {})
+    return SimpleNamespace(
+        architectures=[arch],
+        registered_models=registered or {},
+        hf_config=None,
+        dtype="float32",
+    )
 
 
 def build(config, parallel_context):
@@ -138,6 +147,57 @@ def test_a_closure_travels_by_value_to_another_process(tmp_path):
         check=True,
     )
     assert run.stdout.split() == ["3", travelling.uuid()]
+
+
+def served_dtype(directory, monkeypatch, fields, stored, asked="auto"):
+    """The engine's dtype for a checkpoint, and what is warned of."""
+    warned = set()
+    say = warned.add
+    monkeypatch.setattr(
+        config.logger, "warning_once", lambda text, *values: say(text % values)
+    )
+    (directory / "config.json").write_text(
+        json.dumps({"architectures": ["A"]} | fields)
+    )
+    save_file({"x": torch.zeros(2, dtype=stored)}, directory / "model.safetensors")
+    args = EngineArgs(model=str(directory), dtype=asked, skip_tokenizer_init=True)
+    return args.create_model_config().dtype, [*warned]
+
+
+SIZES = dict.fromkeys(config.REQUIRED, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stored", "served"),
+    [
+        ({}, torch.float32, torch.float32),
+        ({}, torch.float64, torch.float32),
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32, torch.float32),
+        ({"dtype": "bfloat16"}, torch.float32, torch.bfloat16),
+    ],
+)
+def test_a_model_is_served_in_its_checkpoints_dtype(
+    tmp_path, monkeypatch, fields, stored, served
+):
+    ModelRegistry.register_model("A", build)
+    outcome = served_dtype(tmp_path, monkeypatch, SIZES | fields, stored)
+    assert outcome == (served, [])
+
+
+def test_weights_of_a_known_model_type_are_rounded_with_a_warning(
+    tmp_path, monkeypatch
+):
+    fields = SIZES | {"model_type": "llama"}
+    ModelRegistry.register_model("A", build)
+    dtype, (warning,) = served_dtype(tmp_path, monkeypatch, fields, torch.float32)
+    assert (
+        f"in torch.float32, and dtype='auto' rounds its weights to {dtype}" in warning
+    )
+    assert dtype != torch.float32 and "Pass dtype='float32'" in warning
+    for asked in ("float32", "bfloat16"):
+        outcome = served_dtype(tmp_path, monkeypatch, fields, torch.float32, asked)
+        assert outcome == (getattr(torch, asked), [])
 
 
 def test_what_a_process_registered_itself_stays():

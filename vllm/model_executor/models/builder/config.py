@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from vllm.logger import init_logger
 from vllm.model_executor import upstream
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+logger = init_logger(__name__)
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -120,6 +124,42 @@ def is_unknown(fields: dict[str, Any]) -> bool:
         or model_type in CONFIG_MAPPING
         or model_type in upstream.CONFIG_REGISTRY
     )
+
+
+def settle_dtype(model_config: "ModelConfig", is_builder: bool) -> None:
+    """Let `dtype="auto"` serve a registered model in the dtype of its checkpoint.
+
+    vLLM rounds fp32 to bf16 there. What only we read the config of is served in fp32;
+    of other models vLLM's choice stands, and a warning says what it does.
+
+    Args:
+        model_config: With the model's config, its own dtype not yet resolved.
+        is_builder: Whether the model is registered by a builder, and no class.
+    """
+    config = model_config.hf_config
+    if model_config.dtype != "auto":
+        return
+    stored = upstream.checkpoint_dtype(model_config)
+    if stored not in (torch.float32, torch.float64):
+        return
+    if is_unknown(config.to_dict()):
+        model_config.dtype = torch.float32
+        logger.info_once(
+            "The checkpoint %s is in %s and is served in float32; dtype='bfloat16' "
+            "serves it rounded, in half of the memory.",
+            model_config.model,
+            stored,
+        )
+    elif is_builder:
+        logger.warning_once(
+            "The checkpoint %s is in %s, and dtype='auto' rounds its weights to %s, as "
+            "vLLM does for model_type %r. Pass dtype='float32' to serve what was "
+            "trained, or name the dtype to serve it rounded without this warning.",
+            model_config.model,
+            stored,
+            upstream.auto_dtype(config.model_type, stored, is_pooling_model=False),
+            config.model_type,
+        )
 
 
 def tie_as_configured(model_config: "ModelConfig") -> bool:

@@ -235,8 +235,10 @@ def synchronize(model_config: "ModelConfig") -> None:
 
     A registration of one of the model's architectures that was made in this
     process is noted in the config. One that came with the config from another process
-    is made here, also where a plugin has registered something else.
+    is made here, also where a plugin has registered something else. The first call
+    also says what `dtype="auto"` is.
     """
+    from vllm.model_executor.models.builder.config import settle_dtype
     from vllm.model_executor.models.registry import ModelRegistry
 
     carried = model_config.registered_models
@@ -248,6 +250,9 @@ def synchronize(model_config: "ModelConfig") -> None:
                 ModelRegistry.register_model(arch, registration.target)
         elif arch in _targets and _can_travel(_targets[arch]):
             carried[arch] = SerializedRegistration(arch, _targets[arch])
+    target = next(filter(None, map(_targets.get, model_config.architectures)), None)
+    if target is not None:
+        settle_dtype(model_config, not isinstance(target, type))
 
 
 def _can_travel(target: Target) -> bool:
