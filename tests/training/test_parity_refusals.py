@@ -334,6 +334,24 @@ def test_what_is_no_engine_and_no_model(engine):
     for model in ("a directory", GenericTransformerForCausalLM, {}, engine):
         with pytest.raises(TypeError, match="as model; give the training model, a t"):
             parity.check(engine, model, PROMPTS)
+    with pytest.raises(ValueError, match="Identity has no parameters to compare"):
+        parity.check(engine, torch.nn.Identity(), PROMPTS)
+    with (
+        torch.autocast(DEVICE, torch.bfloat16),
+        pytest.raises(ValueError, match="autocast is on, .* outside of it"),
+    ):
+        parity.check(engine, a_model(), PROMPTS)
+
+
+def test_a_model_of_another_config(engine):
+    config = GenericTransformerConfig(**SIZES | {"num_hidden_layers": 3})
+    other = GenericTransformerForCausalLM(config, ParallelContext(device=DEVICE))
+    with pytest.raises(ValueError, match="lacks 9 weights .* and 4 more. Build both"):
+        parity.check(engine, other.to(DEVICE, DTYPE), PROMPTS)
+    config = GenericTransformerConfig(**SIZES | {"intermediate_size": 40})
+    other = GenericTransformerForCausalLM(config, ParallelContext(device=DEVICE))
+    with pytest.raises(ValueError, match="of 21 weights differ.*one builder, one conf"):
+        parity.check(engine, other.to(DEVICE, DTYPE), PROMPTS)
 
 
 def test_speculation():
@@ -376,9 +394,12 @@ def test_a_report_of_differences_says_what_to_do_next():
     with pytest.raises(parity.ParityError, match=r"-2.0. parity.check\(llm, model"):
         report.raise_if_different()
     assert "next step" not in str(parity.ParityReport(2, 2, 0.0, 0.0, False, None))
-    ours, plain = a_model(), torch.nn.Linear(2, 2)
+    ours, plain = a_model(), torch.nn.Sequential(torch.nn.Linear(2, 2))
     of_two_ranks = {"tp_reduction_shards": 2}
-    assert "no RowParallelLinear" in refusals._next_step(plain, of_two_ranks, False)
+    step = refusals._next_step(plain, of_two_ranks, False)
+    assert step.startswith("0 is a torch.nn.Linear, whose rows may depend on the batch")
+    step = refusals._next_step(torch.nn.LayerNorm(2), of_two_ranks, False)
+    assert "2 tensor-parallel ranks and the trainer no RowParallelLinear" in step
     assert "localise=True" in refusals._next_step(ours, of_two_ranks, False)
     assert "localise=True" not in refusals._next_step(ours, of_two_ranks, True)
 
@@ -398,6 +419,25 @@ def test_self_check():
     assert self_check.LinearShape(64, 64, DTYPE) in linears
     halves = set(self_check.linear_shapes(a_model(tp_reduction_shards=2)))
     assert self_check.LinearShape(64, 32, DTYPE) in halves
+
+
+def test_an_engine_of_two_ranks_says_how_a_trainer_of_one_is_built(monkeypatch):
+    said = []
+    logger = SimpleNamespace(
+        warning_once=lambda text, *args, scope: said.append(text % args)
+    )
+    monkeypatch.setattr(self_check, "logger", logger)
+    monkeypatch.setattr(self_check, "self_check_shapes", lambda *_: None)
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
+    self_check.self_check_engine(a_model(), config)
+    assert not said
+    self_check.self_check_engine(a_model(tp_size=2), config)
+    (text,) = said
+    assert "add up 2 partial products" in text
+    assert (
+        "built with as many ranks, or with ParallelContext(tp_reduction_shards=2)"
+        in text
+    )
 
 
 def test_self_check_names_the_linear(monkeypatch):

@@ -58,7 +58,8 @@ def refuse_incomparable(
 
     Raises:
         TypeError: another kind of engine than `vllm.LLM`, or no module.
-        ValueError: every reason, each with the setting to change.
+        ValueError: every reason, each with the setting to change; or the model has no
+            parameters.
     """
     _check_kinds(llm, model)
     reasons = list(_engine_settings(llm, full_vocab, localise))
@@ -101,10 +102,14 @@ def _check_kinds(llm: Any, model: Any) -> None:
             f"parity.check got {_kind(model)} as model; give the training model, a "
             "torch.nn.Module with its weights in this process."
         )
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters to compare.")
 
 
 def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _as_a_whole(workers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,18 +123,27 @@ def _as_a_whole(workers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _next_step(model: nn.Module, engine: dict[str, Any], localise: bool) -> str:
+    """The likeliest cause of a difference that no setting explains."""
+    layers = "the layers of vllm.model_executor.layers.training"
+    for path, layer in model.named_modules():
+        if type(layer) is nn.Linear:
+            return (
+                f"{path} is a torch.nn.Linear, whose rows may depend on the batch: use "
+                f"{layers}, such as ColumnParallelLinear."
+            )
     shards = engine["tp_reduction_shards"]
-    layers = model.modules()
-    if shards > 1 and not any(isinstance(x, RowParallelLinear) for x in layers):
+    if shards > 1 and not any(
+        isinstance(x, RowParallelLinear) for x in model.modules()
+    ):
         return (
-            f"The engine adds up {shards} partial products, one a rank, and the "
-            "trainer has no RowParallelLinear, which would do the same. Start the "
-            "engine with tensor_parallel_size=1, or use RowParallelLinear: the sums "
-            "of other libraries' layers have an order of their own."
+            f"The engine has {shards} tensor-parallel ranks and the trainer no "
+            "RowParallelLinear. What other libraries' layers add up over ranks has an "
+            f"order of its own: use {layers}, or start the engine with "
+            "tensor_parallel_size=1."
         )
     step = (
         "All known settings agree. Code between the layers has to be batch-invariant "
-        "and to do the same in trainer and engine"
+        "and to do the same in trainer and engine, which F.gelu, for one, does not"
     )
     if not localise:
         step += "; parity.check(..., localise=True) names the first module that differs"
@@ -238,6 +252,11 @@ def _trainer(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]:
         yield (
             f"The trainer is on {here}, the engine on {there}: move the trainer to "
             "such a device, their kernels add up in different orders."
+        )
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        yield (
+            "torch.autocast is on, with which the trainer computes in other dtypes "
+            "than the engine: call parity.check outside of it."
         )
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     if worker["dtype"] not in dtypes:
@@ -348,15 +367,28 @@ def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str]
                 other.setdefault(name, print_ + place)
     reasons = []
     if other:
-        name = min(other)
-        reasons.append(
+        sendable = {
+            name: print_.startswith(own[name].partition(":")[0])
+            for name, print_ in other.items()
+        }
+        # One that cannot be sent says more.
+        name = min(other, key=lambda name: (sendable[name], name))
+        reason = (
             f"{len(other)} of {len(own)} weights differ, first {name}: engine "
-            f"{other[name]}, trainer {own[name]} (dtype, shape and a sum of the "
-            "bits). Send the engine the trainer's: save_checkpoint(model, directory), "
-            "llm.collective_rpc('reload_weights', kwargs={'weights_path': directory}), "
-            "llm.reset_prefix_cache(); a trainer of several dtypes is cast to the "
-            "engine's and cannot be equal."
+            f"{other[name]}, trainer {own[name]} (dtype, shape and a sum of the bits). "
         )
+        if sendable[name]:
+            reason += (
+                "Send the engine the trainer's: save_checkpoint(model, directory), "
+                "llm.collective_rpc('reload_weights', kwargs={'weights_path': "
+                "directory}), llm.reset_prefix_cache()."
+            )
+        else:
+            reason += (
+                "Build both with one builder, one config and one dtype; a trainer of "
+                "several dtypes is cast to the engine's and cannot be equal."
+            )
+        reasons.append(reason)
     for lacking, names in (
         ("engine", own.keys() - set.intersection(*held.values())),
         ("trainer", set.union(*held.values()) - own.keys()),

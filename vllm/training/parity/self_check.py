@@ -131,7 +131,7 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
     """`self_check` of a training model that an engine is about to serve.
 
     Attention that the trainer has no kernel for, such as ALiBi on CUDA, is not probed;
-    the log says so.
+    the log says so, and how a trainer of fewer tensor-parallel ranks is built.
 
     Args:
         model: as the builder returned it, before its layers become the engine's.
@@ -140,6 +140,7 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
     Raises:
         BatchInvarianceError: names the first shape that depends on the batch.
     """
+    _say_how_ranks_add_up(model)
     device = next(model.parameters()).device
     self_check_shapes(linear_shapes(model), (), device)
     backend = vllm_config.attention_config.backend
@@ -162,6 +163,23 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
             self_check_shapes((), [shape], device)
         except ValueError as error:
             logger.warning("Not probed for batch invariance: %s: %s", shape, error)
+
+
+def _say_how_ranks_add_up(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            shards = layer.parallel_context.tp_reduction_shards
+            logger.warning_once(
+                "Row-parallel layers add up %d partial products, over %d "
+                "tensor-parallel ranks. A trainer has this engine's bits if it is "
+                "built with as many ranks, or with "
+                "ParallelContext(tp_reduction_shards=%d).",
+                shards,
+                layer.tp_size,
+                shards,
+                scope="global",
+            )
+            return
 
 
 def refuse_window(backend: str, capability: int, shape: AttentionShape) -> None:
