@@ -13,11 +13,17 @@ from torch import nn
 
 from vllm import envs
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.arguments import (
+    check_sizes,
+    is_finite,
+    is_integer,
+)
 from vllm.model_executor.layers.training.attention_layout import (
     packed_view,
     sequence_bounds,
 )
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
+from vllm.model_executor.layers.training.computed_buffer import buffer_for, home_of
 from vllm.model_executor.layers.training.ops.attention import vllm_triton
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
@@ -31,6 +37,12 @@ if TYPE_CHECKING:
 
 class TrainableAttention(TrainingLayer):
     """Multi-head, grouped-query or multi-query self-attention.
+
+    Query head h reads key/value head h // (num_heads // num_kv_heads), as in Llama and
+    in vLLM. Libraries that repeat all key/value heads one after another, as
+    `key.repeat(1, num_heads // num_kv_heads, 1)` does, read head h % num_kv_heads: for
+    their weights sort the query heads, those of one key/value head side by side, in the
+    rows of the query's projection and in the columns of the output's.
 
     Outside the engine it computes attention under autograd, within each sequence.
     Inside the engine it is vLLM's `Attention` with its paged KV cache.
@@ -57,7 +69,8 @@ class TrainableAttention(TrainingLayer):
     Attributes:
         sinks: shape = [num_heads], trained; None without sinks.
         alibi_slopes: shape = [num_heads], fp32; None without slopes. Not part of the
-            state dict. It stays fp32 when the module is cast.
+            state dict. It stays fp32 when the module is cast, and is on the CPU while
+            the module is on the meta device.
         engine: vLLM's `Attention` inside the engine, else None.
 
     Raises:
@@ -88,28 +101,44 @@ class TrainableAttention(TrainingLayer):
     ) -> None:
         super().__init__(parallel_context)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        check_sizes(
+            "TrainableAttention",
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+        )
+        if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads={num_heads} must be a positive multiple of "
                 f"num_kv_heads={num_kv_heads}."
             )
-        if head_size < 1:
-            raise ValueError(f"head_size={head_size} must be at least 1.")
-        if sliding_window is not None and sliding_window < 1:
+        if sliding_window is not None and (
+            not is_integer(sliding_window) or sliding_window < 1
+        ):
             raise ValueError(
-                f"sliding_window={sliding_window} must be at least 1, which lets a "
-                "query see its own position only; None means no window."
+                f"sliding_window={sliding_window!r} must be an integer and at least 1, "
+                "which lets a query see its own position only; None means no window."
             )
-        if logits_soft_cap is not None and logits_soft_cap <= 0:
+        if logits_soft_cap is not None and (
+            not is_finite(logits_soft_cap) or logits_soft_cap <= 0
+        ):
             raise ValueError(
-                f"logits_soft_cap={logits_soft_cap} must be positive; None means no "
-                "cap."
+                f"logits_soft_cap={logits_soft_cap!r} must be a finite number above 0; "
+                "None means no cap."
+            )
+        if scale is not None and not is_finite(scale):
+            raise ValueError(
+                f"scale={scale!r} must be a finite number; None means "
+                "1/sqrt(head_size)."
             )
         if alibi_slopes is not None and len(alibi_slopes) != num_heads:
             raise ValueError(
                 f"alibi_slopes has {len(alibi_slopes)} elements; it must have one for "
                 f"each of the {num_heads} heads on this rank."
             )
+        slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
+        if slopes is not None and not all(map(is_finite, slopes)):
+            raise ValueError(f"alibi_slopes={slopes} must be finite numbers.")
         if dropout:
             raise ValueError(
                 f"dropout={dropout}: attention has no dropout of its weights, in "
@@ -122,7 +151,7 @@ class TrainableAttention(TrainingLayer):
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.spec = AttentionSpec(
-            scale=head_size**-0.5 if scale is None else scale,
+            scale=head_size**-0.5 if scale is None else float(scale),
             causal=causal,
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
@@ -130,7 +159,7 @@ class TrainableAttention(TrainingLayer):
         self.implementation = implementation
         self.deterministic = deterministic
         self.engine: nn.Module | None = None
-        self._slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
+        self._slopes = slopes
         device = torch.get_default_device()
         self.register_buffer("alibi_slopes", self._make_slopes(device), False)
         self._has_sinks = sinks
@@ -142,14 +171,16 @@ class TrainableAttention(TrainingLayer):
     def _make_slopes(self, device: torch.device) -> torch.Tensor | None:
         if self._slopes is None:
             return None
-        return torch.tensor(self._slopes, dtype=torch.float32, device=device)
+        return torch.tensor(self._slopes, dtype=torch.float32, device=home_of(device))
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> TrainableAttention:
         """Move with the module, but keep the slopes' values and dtype."""
+        if self.alibi_slopes is not None and self.alibi_slopes.is_meta:
+            self.alibi_slopes = self._make_slopes(torch.device("cpu"))
         super()._apply(fn, recurse)
-        if self.alibi_slopes is not None and not self.alibi_slopes.is_meta:
+        if self.alibi_slopes is not None:
             self.alibi_slopes = self._make_slopes(self.alibi_slopes.device)
         return self
 
@@ -214,6 +245,9 @@ class TrainableAttention(TrainingLayer):
         if self.engine is not None:
             output = self.engine(q.flatten(1), k.flatten(1), v.flatten(1))
             return output.view(query.shape)
+        slopes = self.alibi_slopes
+        if slopes is not None:
+            slopes = buffer_for(query, "alibi_slopes", slopes)
         bounds, max_seqlen = sequence_bounds(
             len(q), batch_and_seq, cu_seqlens, max_seqlen, q.device
         )
@@ -225,7 +259,7 @@ class TrainableAttention(TrainingLayer):
             max_seqlen,
             self.spec,
             sinks=self.sinks,
-            alibi_slopes=self.alibi_slopes,
+            alibi_slopes=slopes,
             implementation=self.implementation,
             deterministic=self.deterministic,
         )

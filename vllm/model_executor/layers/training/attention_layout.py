@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 
 
@@ -89,6 +91,7 @@ def sequence_bounds(
     else:
         batch, seq = 1, num_tokens
     if max_seqlen is not None:
+        check_max_seqlen(max_seqlen)
         _check_max_seqlen(max_seqlen, seq)
     if not seq:
         return torch.zeros(batch + 1, dtype=torch.int32, device=device), 0
@@ -113,6 +116,23 @@ def check_sequences(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) 
             f"must start at 0, never decrease and end at {num_tokens}."
         )
     _check_max_seqlen(max_seqlen, max(lengths, default=0))
+
+
+def check_max_seqlen(max_seqlen: int) -> None:
+    """Check that it is an integer of the host and a length.
+
+    Raises:
+        ValueError: it is not.
+    """
+    # Where shapes are dynamic it is a SymInt.
+    valid = isinstance(max_seqlen, (Integral, torch.SymInt))
+    if not valid or isinstance(max_seqlen, bool) or max_seqlen < 0:
+        # To show a tensor would wait for its device.
+        tensor = isinstance(max_seqlen, torch.Tensor)
+        raise ValueError(
+            f"max_seqlen={'a tensor' if tensor else repr(max_seqlen)} must be the "
+            "longest length as an int, or None."
+        )
 
 
 def _check_max_seqlen(max_seqlen: int, longest: int) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.collectives import (
     gather_from_group,
@@ -55,6 +56,11 @@ class _VocabParallel(TrainingLayer):
         parallel_context: ParallelContext | None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes(
+            type(self).__name__,
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+        )
         self.__dict__ |= {"_embedding": None, "_heads": []}
         self.sequence_parallel = sequence_parallel
         self.num_embeddings = num_embeddings
@@ -173,27 +179,45 @@ class VocabParallelEmbedding(_VocabParallel):
             ValueError: sequence_parallel and tokens that the ranks do not divide.
             IndexError: on CPU, an id outside the vocabulary.
         """
-        if input_ids.dtype not in (torch.int64, torch.int32):
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (
+            torch.int64,
+            torch.int32,
+        ):
+            given = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise TypeError(
-                f"VocabParallelEmbedding got ids of {input_ids.dtype}; they must be "
+                f"VocabParallelEmbedding got ids of {given}; they must be a tensor of "
                 "torch.int64 or torch.int32."
             )
         input_ids = input_ids.long()
         if self.tp_size == 1:
-            return F.embedding(input_ids, self.weight)
+            return self._look_up(input_ids, input_ids)
         local_ids = input_ids - self.vocab_start_index
         elsewhere = (local_ids < 0) | (local_ids >= self.num_embeddings_per_partition)
         local_ids = local_ids.masked_fill(elsewhere, 0)
         # An id of no rank fails in the lookup, as it does on one rank alone.
         unknown = (input_ids < 0) | (input_ids >= self.num_embeddings)
         local_ids = local_ids.masked_fill(unknown, -1)
-        output = F.embedding(local_ids, self.weight)
+        output = self._look_up(local_ids, input_ids)
         output = output.masked_fill(elsewhere.unsqueeze(-1), 0)
         if self.sequence_parallel:
             return reduce_scatter_from_group(
                 output, self.parallel_context, SEQUENCE_DIM
             )
         return reduce_from_group(output, self.parallel_context)
+
+    def _look_up(self, rows: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        try:
+            return F.embedding(rows, self.weight)
+        except IndexError:
+            last = self.num_embeddings - 1
+            unknown = input_ids[(input_ids < 0) | (input_ids > last)]
+            if not unknown.numel():
+                raise
+            raise IndexError(
+                f"VocabParallelEmbedding got token id {unknown[0].item()}; ids are 0 "
+                f"to {last}. Check the tokenizer's vocabulary against num_embeddings, "
+                "and leave padding such as -100 out."
+            ) from None
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         return upstream.VocabParallelEmbedding(
@@ -324,8 +348,6 @@ class ParallelLMHead(_VocabParallel):
 
 def _padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Rows over all ranks, padding included."""
-    if vocab_size < 1:
-        raise ValueError(f"num_embeddings={vocab_size} must be at least 1.")
     if tp_size == 1:
         return vocab_size
     padded = upstream.pad_vocab_size(vocab_size)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.linear import RowParallelLinear
@@ -20,7 +21,9 @@ class VLLMFlashAttention(TrainingLayer):
     """Self-attention with its own query/key/value and output projections.
 
     `VLLMFlashAttention(hidden_size=256, num_heads=4)` is all that training needs. In
-    a checkpoint the projections are q_proj, k_proj, v_proj and o_proj.
+    a checkpoint the projections are q_proj, k_proj, v_proj and o_proj. Query head h
+    reads key/value head h // (num_heads // num_kv_heads); `TrainableAttention` says
+    what to do with weights of another order.
 
     Args:
         hidden_size: size of a hidden state.
@@ -78,8 +81,9 @@ class VLLMFlashAttention(TrainingLayer):
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes("VLLMFlashAttention", hidden_size=hidden_size, num_heads=num_heads)
         if head_dim is None:
-            if num_heads < 1 or hidden_size % num_heads:
+            if hidden_size % num_heads:
                 raise ValueError(
                     f"hidden_size={hidden_size} is not divisible by "
                     f"num_heads={num_heads}; choose sizes that divide, or give "

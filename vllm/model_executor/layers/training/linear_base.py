@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.ops.library import autocast_dtype
 from vllm.model_executor.parallel_context import ParallelContext
@@ -50,6 +51,9 @@ class ParallelLinear(TrainingLayer):
         parallel_context: ParallelContext | None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes(
+            type(self).__name__, 0, input_size=input_size, output_size=output_size
+        )
         self.sequence_parallel = sequence_parallel
         self.input_size = input_size
         self.output_size = output_size
@@ -73,7 +77,7 @@ class ParallelLinear(TrainingLayer):
             self.draw("bias", lambda t: nn.init.uniform_(t, -bound, bound))
 
     def _check_input(self, x: torch.Tensor, expected: int) -> None:
-        if x.shape[-1] != expected:
+        if x.ndim < 1 or x.shape[-1] != expected:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}; its "
                 f"last dim must be {expected}."

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor import upstream
+from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.collectives import sum_gradient_over_replicas
 from vllm.model_executor.layers.training.linear import ColumnParallelLinear
 from vllm.model_executor.layers.training.sharding import ShardPart
@@ -62,6 +63,9 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self.part_names = _check_part_names(part_names, len(self.output_sizes))
         tp_size = (parallel_context or ParallelContext.current_or_single()).tp_size
         for index, size in enumerate(self.output_sizes):
+            check_sizes(
+                "MergedColumnParallelLinear", 0, **{f"output_sizes[{index}]": size}
+            )
             if size % tp_size:
                 raise ValueError(
                     f"output_sizes[{index}]={size} is not divisible by "
@@ -150,6 +154,12 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.total_num_kv_heads = (
             total_num_heads if total_num_kv_heads is None else total_num_kv_heads
         )
+        check_sizes(
+            "QKVParallelLinear",
+            head_size=head_size,
+            total_num_heads=self.total_num_heads,
+            total_num_kv_heads=self.total_num_kv_heads,
+        )
         self.part_names = _check_part_names(part_names, 3)
         self.num_heads, self.num_kv_heads, self.num_kv_head_replicas = _split_heads(
             self.total_num_heads, self.total_num_kv_heads, context.tp_size
@@ -214,7 +224,7 @@ def _split_heads(
     num_heads: int, num_kv_heads: int, tp_size: int
 ) -> tuple[int, int, int]:
     """Query heads, KV heads on each rank, and ranks that share a KV head."""
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_heads % num_kv_heads:
         raise ValueError(
             f"total_num_heads={num_heads} must be a positive multiple of "
             f"total_num_kv_heads={num_kv_heads}."

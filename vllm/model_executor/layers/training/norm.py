@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.training.arguments import check_epsilon, check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.collectives import copy_to_group
@@ -71,9 +72,11 @@ class RMSNorm(TrainingLayer):
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes("RMSNorm", hidden_size=hidden_size)
+        check_epsilon("RMSNorm", eps)
         self.hidden_size = hidden_size
         self.sequence_parallel = sequence_parallel
-        self.variance_epsilon = eps
+        self.variance_epsilon = float(eps)
         self._add_parameter("weight", resolve_dtype(params_dtype))
         self._initialise()
 
@@ -148,9 +151,11 @@ class LayerNorm(TrainingLayer):
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes("LayerNorm", hidden_size=hidden_size)
+        check_epsilon("LayerNorm", eps)
         self.hidden_size = hidden_size
         self.sequence_parallel = sequence_parallel
-        self.eps = eps
+        self.eps = float(eps)
         dtype = resolve_dtype(params_dtype)
         self._has = {"weight": elementwise_affine, "bias": elementwise_affine and bias}
         for name, given in self._has.items():

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
+from vllm.model_executor.layers.training.arguments import (
+    check_sizes,
+    is_finite,
+    is_integer,
+)
 from vllm.model_executor.layers.training.base import TrainingLayer
+from vllm.model_executor.layers.training.computed_buffer import buffer_for, home_of
 from vllm.model_executor.layers.training.ops.rotary.op import rotary_embedding
 from vllm.model_executor.layers.training.rotary_scaling import (
     check_rope_scaling,
@@ -45,11 +51,13 @@ class RotaryEmbedding(TrainingLayer):
 
     Attributes:
         cos_sin_cache: shape = [num_positions, rotary_dim], fp32; cosines in the first
-            half. Not part of the state dict. It stays fp32 when the module is cast.
+            half. Not part of the state dict. It stays fp32 when the module is cast,
+            and is on the CPU while the module is on the meta device.
 
     Raises:
-        ValueError: rotary_dim is odd or exceeds head_size, rope_scaling is unknown or
-            incomplete, or says otherwise than rotary_dim or base.
+        ValueError: sizes that are not positive integers, rotary_dim is odd or exceeds
+            head_size, rope_scaling is unknown or incomplete, or says otherwise than
+            rotary_dim or base; numbers of which angles cannot be computed.
     """
 
     cos_sin_cache: torch.Tensor
@@ -66,38 +74,49 @@ class RotaryEmbedding(TrainingLayer):
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
+        check_sizes(
+            "RotaryEmbedding",
+            head_size=head_size,
+            max_position_embeddings=max_position_embeddings,
+        )
         self.rope_scaling = check_rope_scaling(rope_scaling)
         given = rope_scaling or {}
         part = given.get("partial_rotary_factor")
         scaled_dim = None if part is None else int(head_size * part)
         rotary_dim = _agreed("rotary_dim", rotary_dim, scaled_dim, head_size)
         base = _agreed("base", base, given.get("rope_theta"), 10000.0)
-        if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
+        if not is_integer(rotary_dim) or rotary_dim not in range(2, head_size + 1, 2):
             raise ValueError(
-                f"rotary_dim={rotary_dim} must be even and from 2 to "
+                f"rotary_dim={rotary_dim!r} must be even and from 2 to "
                 f"head_size={head_size}."
+            )
+        if not is_finite(base) or base <= 0:
+            raise ValueError(
+                f"RotaryEmbedding got base={base!r}; it must be a finite number above "
+                "0, such as 10000."
             )
         self.head_size = head_size
         self.rotary_dim = rotary_dim
         self.max_position_embeddings = max_position_embeddings
-        self.base = base
+        self.base = float(base)
         self.is_neox_style = is_neox_style
-        cache = self._compute_cos_sin_cache().to(torch.get_default_device())
+        cache = self._compute_cos_sin_cache(torch.get_default_device())
         self.register_buffer("cos_sin_cache", cache, persistent=False)
 
-    def _compute_cos_sin_cache(self) -> torch.Tensor:
-        return compute_cos_sin_cache(
+    def _compute_cos_sin_cache(self, device: torch.device) -> torch.Tensor:
+        cache = compute_cos_sin_cache(
             self.rotary_dim, self.max_position_embeddings, self.base, self.rope_scaling
         )
+        return cache.to(home_of(device))
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> RotaryEmbedding:
         """Move with the module, but keep the cache's values and dtype."""
+        if self.cos_sin_cache.is_meta:  # Others can put it there.
+            self.cos_sin_cache = self._compute_cos_sin_cache(torch.device("cpu"))
         super()._apply(fn, recurse)
-        cache = self.cos_sin_cache
-        if not cache.is_meta:
-            self.cos_sin_cache = self._compute_cos_sin_cache().to(cache.device)
+        self.cos_sin_cache = self._compute_cos_sin_cache(self.cos_sin_cache.device)
         return self
 
     def forward(
@@ -117,14 +136,16 @@ class RotaryEmbedding(TrainingLayer):
             The rotated query and key, in their own shapes.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit each other.
+            ValueError: shapes, dtypes or devices that do not fit each other; weights
+                were put on another device than the cache, as by
+                `load_state_dict(assign=True)`: move the module there by `to`.
             IndexError: on CPU, a position outside the cache.
         """
         rotated = rotary_embedding(
             positions.flatten(),
             self._as_heads("query", query, positions),
             self._as_heads("key", key, positions),
-            self.cos_sin_cache,
+            buffer_for(query, "cos_sin_cache", self.cos_sin_cache),
             self.is_neox_style,
         )
         return rotated[0].view(query.shape), rotated[1].view(key.shape)

@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm.model_executor.layers.training.arguments import is_finite
+
 # Keys of every way to scale, which say what is scaled.
 COMMON_KEYS = ("rope_theta", "partial_rotary_factor")
 _MAY_BE_ZERO = ("mscale", "mscale_all_dim")
+_MOST_POSITIONS = 1 << 31
+_INTEGERS = ("original_max_position_embeddings", "max_trained_positions")
 
 
 class Rotation(NamedTuple):
@@ -46,13 +50,25 @@ def compute_cos_sin_cache(
 
     Returns:
         fp32 on the CPU, shape = [num_positions, rotary_dim], cosines in the first half.
+
+    Raises:
+        ValueError: numbers that do not go together.
     """
     parameters = dict(rope_scaling)
     scale = WAYS_TO_SCALE[parameters.pop("rope_type")]
     rotation = scale(rotary_dim, max_position_embeddings, base, **parameters)
     angles = torch.outer(rotation.positions, rotation.frequencies)
     cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    return cache if rotation.magnitude == 1 else cache * rotation.magnitude
+    if rotation.magnitude != 1:
+        cache = cache * rotation.magnitude
+    if not cache.isfinite().all():
+        raise ValueError(
+            f"Rotations with rotary_dim={rotary_dim}, base={base}, "
+            f"max_position_embeddings={max_position_embeddings} and "
+            f"rope_scaling={dict(rope_scaling)} are not finite in fp32; choose less "
+            "extreme numbers."
+        )
+    return cache
 
 
 def check_rope_scaling(rope_scaling: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -95,15 +111,25 @@ def _check_value(key: str, value: Any) -> None:
     if key == "truncate":
         wanted, valid = "true or false", isinstance(value, bool)
     else:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         wanted = "a number, at least 0" if key in _MAY_BE_ZERO else "a positive number"
-        valid = number and (value > 0 or (value == 0 and key in _MAY_BE_ZERO))
+        valid = is_finite(value) and (value > 0 or (value == 0 and key in _MAY_BE_ZERO))
+        if key in _INTEGERS:
+            wanted, valid = "a positive integer", valid and value == int(value)
     if not valid:
         raise ValueError(f"rope_scaling has {key}={value!r}; it must be {wanted}.")
 
 
 def _arange(*bounds: float) -> torch.Tensor:
     return torch.arange(*bounds, dtype=torch.float32, device="cpu")
+
+
+def _positions(count: float) -> torch.Tensor:
+    if count > _MOST_POSITIONS:
+        raise ValueError(
+            f"A rotary embedding of {count:g} positions is too large; check "
+            "max_position_embeddings and rope_scaling."
+        )
+    return _arange(count)
 
 
 def _wave_numbers(rotary_dim: int, base: float) -> torch.Tensor:
@@ -113,7 +139,7 @@ def _wave_numbers(rotary_dim: int, base: float) -> torch.Tensor:
 
 def _default(rotary_dim: int, max_positions: int, base: float) -> Rotation:
     """Frequencies base^(-2 i / rotary_dim) (arXiv:2104.09864, section 3.2.2)."""
-    return Rotation(_arange(max_positions), 1.0 / _wave_numbers(rotary_dim, base))
+    return Rotation(_positions(max_positions), 1.0 / _wave_numbers(rotary_dim, base))
 
 
 def _linear(
@@ -124,7 +150,7 @@ def _linear(
     There are factor times max_positions of them.
     """
     return Rotation(
-        _arange(max_positions * factor) / factor,
+        _positions(max_positions * factor) / factor,
         1.0 / _wave_numbers(rotary_dim, base),
     )
 
@@ -157,6 +183,13 @@ def _dynamic(
     if factor is not None:
         trained = max_trained_positions or max_positions
         alpha = factor * max_positions / trained - (factor - 1)
+        if alpha <= 0:
+            raise ValueError(
+                f"rope_type='dynamic' got factor={factor}, max_trained_positions="
+                f"{trained} and max_position_embeddings={max_positions}, the number of "
+                f"positions to serve. They scale the base by a power of {alpha}, which "
+                "must be above 0; serve more positions."
+            )
     assert alpha is not None, "checked above"
     base = base * alpha ** (rotary_dim / (rotary_dim - 2))
     return _default(rotary_dim, max_positions, base)
@@ -187,6 +220,8 @@ def _yarn(
     The magnitude is 0.1 ln(factor) + 1 unless attention_factor gives it, or mscale
     and mscale_all_dim do, as the ratio of two such terms.
     """
+    if base == 1:
+        raise ValueError("rope_type='yarn' needs a base other than 1; got base=1.")
 
     def pair_turning(turns: float) -> float:
         """The pair, as a real number, that turns so often over the original length."""
@@ -212,7 +247,7 @@ def _yarn(
         attention_factor = magnitude()
         if mscale and mscale_all_dim:
             attention_factor = magnitude(mscale) / magnitude(mscale_all_dim)
-    positions = _arange(original_max_position_embeddings * factor)
+    positions = _positions(original_max_position_embeddings * factor)
     return Rotation(positions, frequencies, attention_factor)
 
 
@@ -244,7 +279,7 @@ def _llama3(
         wavelengths > original / low_freq_factor, frequencies / factor, mixed
     )
     short = wavelengths < original / high_freq_factor
-    return Rotation(_arange(max_positions), torch.where(short, frequencies, mixed))
+    return Rotation(_positions(max_positions), torch.where(short, frequencies, mixed))
 
 
 WAYS_TO_SCALE: dict[str, Callable[..., Rotation]] = {

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from vllm.model_executor.layers.training import batch_invariance
-from vllm.model_executor.layers.training.attention_layout import check_sequences
+from vllm.model_executor.layers.training.attention_layout import (
+    check_max_seqlen,
+    check_sequences,
+)
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import (
     Kernel,
@@ -169,10 +172,8 @@ def _check(
             f"[num_seqs + 1] on {query.device}, for lengths l: torch.tensor([0, *l])"
             ".cumsum(0, dtype=torch.int32)."
         )
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(
-            f"max_seqlen={max_seqlen} must be the longest length, or None."
-        )
+    if max_seqlen is not None:
+        check_max_seqlen(max_seqlen)
     of_heads = {"sinks": sinks, "alibi_slopes": alibi_slopes}
     for name, each in of_heads.items():
         if each is None:
