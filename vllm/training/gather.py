@@ -15,6 +15,7 @@ from vllm.model_executor import upstream
 from vllm.training.layout import CheckpointLayout, refuse_meta, tensors_of
 from vllm.training.ranks import gather_objects, rank_and_size
 from vllm.training.shards import held
+from vllm.training.state_dict_hooks import refuse_changing_hooks
 
 # Offset and size of a piece in its tensor.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -59,7 +60,7 @@ class Gatherer:
 
     Raises:
         RuntimeError: the ranks together do not hold a tensor exactly once.
-        ValueError: the module is on the meta device.
+        ValueError: the module is on the meta device, or changes its state dict.
     """
 
     def __init__(self, module: nn.Module, alone: bool) -> None:
@@ -87,6 +88,7 @@ class Gatherer:
         own: dict[str, GatherPlan] = {}
         tensors = tensors_of(module)
         refuse_meta(tensors)
+        refuse_changing_hooks(module)
         parameters = CheckpointLayout.of(module).parameters
         for name, parameter in parameters.items():
             local = held(tensors[name])

@@ -9,7 +9,7 @@ tensors if the layer names them, and is accepted whole as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.training.declared_sharding import DeclaredSharding, declared_shardings
 from vllm.training.shards import PartName, ShardedParameter, shard_parameter
+from vllm.training.state_dict_hooks import state_dict_hooks
 from vllm.training.wrappers import join, named_modules, named_tensors, own_tensors
 
 
@@ -63,12 +64,14 @@ class CheckpointLayout:
             in its place.
         parameters: What this rank holds of each parameter and persistent buffer, by
             name.
+        hooks: What changes state dicts and is not run, in words.
     """
 
     tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
     fused: dict[str, CheckpointTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
+    hooks: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, module: nn.Module) -> CheckpointLayout:
@@ -80,7 +83,7 @@ class CheckpointLayout:
         for layer in module.modules():
             if isinstance(layer, FSDPModule):
                 layer.reshard()
-        layout = cls()
+        layout = cls(hooks=[str(hook) for hook in state_dict_hooks(module)])
         seen: dict[int, str] = {}
         declared = declared_shardings(module)
         for path, _, layer in named_modules(module):
@@ -254,7 +257,8 @@ class LayoutCheck:
                 **self._problems,
                 "Given whole and in parts": split & self.found.keys(),
                 TIED: [f"{name} and {other}" for name, other in self.different],
-            }
+            },
+            self.layout.hooks,
         )
 
 
@@ -264,11 +268,14 @@ TIED = (
 )
 
 
-def refuse_misfit(problems: Mapping[str, Iterable[str]]) -> None:
+def refuse_misfit(
+    problems: Mapping[str, Iterable[str]], hooks: Sequence[str] = ()
+) -> None:
     """Report everything that is wrong with a checkpoint, if anything is.
 
     Args:
         problems: the names that are concerned, by what is wrong with them.
+        hooks: what changes state dicts and is not run, in words.
 
     Raises:
         ValueError: Names all of them.
@@ -278,8 +285,11 @@ def refuse_misfit(problems: Mapping[str, Iterable[str]]) -> None:
         names = sorted(found)
         if names:
             report.append(f"{title} ({len(names)}): {'; '.join(names)}.")
-    if len(report) > 1:
-        raise ValueError(" ".join(report))
+    if len(report) == 1:
+        return
+    if hooks:
+        report.append(f"Hooks on state dicts are not run: {'; '.join(hooks[:5])}.")
+    raise ValueError(" ".join(report))
 
 
 def _text(dtype: torch.dtype | str) -> str:

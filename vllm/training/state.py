@@ -40,6 +40,7 @@ from vllm.training.reshard import (
     write_pieces,
 )
 from vllm.training.shards import ShardedParameter, held
+from vllm.training.state_dict_hooks import refuse_extra_state
 
 RECORD_NAME = "optimizer.pt"
 
@@ -129,6 +130,7 @@ class _Trained:
         self.parameters, self.aliases = layout.parameters, layout.aliases
         self.tensors = tensors_of(model)
         refuse_meta(self.tensors)
+        refuse_extra_state(model)
         self.optimizer = optimizer
         known = {id(tensor): name for name, tensor in self.tensors.items()}
         groups = optimizer.param_groups

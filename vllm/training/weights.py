@@ -32,6 +32,7 @@ from vllm.training.layout import (
 )
 from vllm.training.ranks import on_rank_0
 from vllm.training.shards import ShardedParameter, held
+from vllm.training.state_dict_hooks import refuse_changing_hooks
 from vllm.training.wrappers import (
     join,
     named_modules,
@@ -334,6 +335,7 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     layout, targets = CheckpointLayout.of(module), tensors_of(module)
     refuse_meta(targets)
+    refuse_changing_hooks(module)
     with opened(directory, checkpoint_files(directory)) as files:
         check = LayoutCheck(layout)
         matched = {

@@ -26,7 +26,7 @@ def compare(monkeypatch, mine, tp=(), pp=()):
             found.append(theirs if axis == "tp" else (*theirs, layout))
         return list(enumerate(found, start=1))
 
-    monkeypatch.setattr(agreement, "_others", others)
+    monkeypatch.setattr(agreement, "others", others)
     return agreement.compare_ranks(mine, CheckpointLayout.of(mine), "build")
 
 

@@ -26,6 +26,7 @@ from vllm.model_executor.models.builder.interface import (
 from vllm.model_executor.models.builder.servable import check_in_engine
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.state_dict_hooks import refuse_changing_hooks
 from vllm.training.weights import CheckpointLayout, EngineLoader
 from vllm.training.wrappers import unwrapped
 
@@ -117,6 +118,7 @@ class BuiltModel(nn.Module):
         self.batched = is_batched(module, options.batched, self.spec.name)
         if context.pp_size > 1:
             check_takes_hidden_states(module, self.spec.name)
+        refuse_changing_hooks(module)
         layout = compare_ranks(module, CheckpointLayout.of(module), self.spec.name)
         strict = vllm_config.load_config.load_format != "dummy"
         config = model_config.hf_config
