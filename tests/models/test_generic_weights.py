@@ -18,7 +18,10 @@ from tests.models.builder.models import (
 )
 from vllm import ModelRegistry
 from vllm.model_executor.model_loader.reload import layerwise
-from vllm.model_executor.models.generic_transformer import GenericTransformerForCausalLM
+from vllm.model_executor.models.generic_transformer import (
+    GenericTransformerForCausalLM,
+    GenericTransformerForCausalLMVLLM,
+)
 from vllm.training.weights import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], [5, 6] * 20]
@@ -51,13 +54,14 @@ def test_refused_weights_leave_the_engine_as_it_was(make_llm, tmp_path, monkeypa
         layerwise.logger, "warning", lambda *given: warned.append(given)
     )
     model = save_generic(tmp_path, tie_word_embeddings=True)
-    ModelRegistry.register_model(GENERIC, build_wrapped)
     file = tmp_path / "model.safetensors"
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tensors = load_file(file)
     save_file(tensors | {head: tensors[embedding] + 1}, file)
-    with pytest.raises(ValueError, match="Tied in the model and different"):
-        make_llm(tmp_path)
+    for target in (GenericTransformerForCausalLMVLLM, build_wrapped):
+        ModelRegistry.register_model(GENERIC, target)
+        with pytest.raises(ValueError, match="Tied in the model and different"):
+            make_llm(tmp_path)
     save_file(tensors | {head: tensors[embedding].clone()}, file)
     llm = make_llm(tmp_path)
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))

@@ -137,7 +137,7 @@ def opened(directory: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f"The checkpoint in {directory} contradicts itself "
                 f"({len(problems)} times): {shown}. Save it again, or mend "
-                f"{INDEX_NAME}."
+                f"{INDEX_NAME}; without an index remove the file that is too much."
             )
         yield handles
 

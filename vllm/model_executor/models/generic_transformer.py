@@ -35,6 +35,7 @@ from vllm.model_executor.layers.training.base import (
 from vllm.model_executor.models.builder import PipelineLayers, model_builder
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.config import tie_as_configured
 from vllm.model_executor.models.generic_transformer_config import (
     GenericTransformerConfig,
 )
@@ -363,6 +364,7 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
         if isinstance(vllm_config, PreTrainedConfig):
             built = GenericTransformerForCausalLM(vllm_config)
         else:
+            tie_as_configured(vllm_config.model_config)
             with skip_init():
                 config = vllm_config.model_config.hf_config
                 built = GenericTransformerForCausalLM(config)
