@@ -3,7 +3,7 @@
 """What a trainer imports from vLLM: set-up, sharding, checkpoints, parity."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.training.gradients import clip_grad_norm_
@@ -13,6 +13,7 @@ from vllm.training.weights import load_checkpoint, save_checkpoint, sharding
 
 __all__ = [
     "batch_invariant",
+    "check_servable",
     "clip_grad_norm_",
     "destroy_parallel",
     "initialize_parallel",
@@ -25,8 +26,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import `parity` when it is first used; it needs the models' machinery."""
+def __getattr__(name: str) -> Any:
+    """Import what needs the models' machinery when it is first used."""
     if name == "parity":
         return importlib.import_module("vllm.training.parity")
+    if name == "check_servable":
+        from vllm.model_executor.models.builder.servable import check_servable
+
+        return check_servable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -270,22 +270,18 @@ class TrainableAttention(TrainingLayer):
         """Whether scores depend on distances, without the model's `positions`."""
         return self._slopes is not None
 
-    def row_wise(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def row_wise(self, *inputs: torch.Tensor) -> torch.Tensor:
         """A function of each token's own query, key and value; see `TrainingLayer`.
 
         Args:
-            query: shape = [num_tokens, num_heads * head_size].
-            key: shape = [num_tokens, num_kv_heads * head_size].
-            value: shape = [num_tokens, num_kv_heads * head_size].
+            inputs: query, shape = [num_tokens, num_heads * head_size], key and value,
+                shape = [num_tokens, num_kv_heads * head_size].
 
         Returns:
             The query's shape: of each head the value, and the mean of the query and
             of the key, each weighted by the place in the head.
         """
-        heads = (query, key, value)
-        q, k, v = (each.unflatten(-1, (-1, self.head_size)) for each in heads)
+        q, k, v = (each.unflatten(-1, (-1, self.head_size)) for each in inputs)
         group = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         weights = torch.linspace(-1, 1, self.head_size).to(q)

@@ -100,6 +100,7 @@ class BuiltModel(nn.Module):
     logits_processor: nn.Module
     loader: EngineLoader
     head_path: str | None
+    carried: tuple[int, torch.dtype]
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class BuiltModel(nn.Module):
         self.vllm_config = vllm_config
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
-        self.carried = (model_config.get_hidden_size(), model_config.dtype)
+        self.carried = (model_config.get_hidden_size(), torch.get_default_dtype())
         self.batched = is_batched(module, options.batched, self.spec.name)
         if context.pp_size > 1:
             check_takes_hidden_states(module, self.spec.name)

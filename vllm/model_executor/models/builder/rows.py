@@ -35,13 +35,13 @@ class Place(NamedTuple):
         path: The module's.
         call: How often the module had been called before.
         side: "input" or "output".
-        index: Which of the tensors on that side.
+        number: Which of the tensors on that side.
     """
 
     path: str
     call: int
     side: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def watching(module: nn.Module, num_tokens: int, visit: Visit) -> Iterator[list[
     ) -> tuple[Any, bool]:
         leaves, structure = tree_flatten(values)
         changed = False
-        for index, leaf in enumerate(leaves):
+        for number, leaf in enumerate(leaves):
             dim = token_dim(leaf, num_tokens)
             if dim is None:
                 continue
-            place = Place(path, calls[path], side, index)
+            place = Place(path, calls[path], side, number)
             local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
             rows = visit(Sight(place, layer, owner, local.movedim(dim, 0)))
             if rows is not None and not isinstance(leaf, DTensor):
-                leaves[index] = rows.movedim(0, dim)
+                leaves[number] = rows.movedim(0, dim)
                 changed = True
         return (tree_unflatten(leaves, structure) if changed else values), changed
 

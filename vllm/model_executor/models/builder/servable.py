@@ -10,9 +10,10 @@ of each row by itself (`TrainingLayer.row_wise`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,13 +141,14 @@ def check_servable(
             `max_position_embeddings` are tried, or below 2048 where it has none.
         head: See `BuilderOptions.head`.
         batched: See `BuilderOptions.batched`.
-        uses_positions: See `BuilderOptions.uses_positions`.
+        uses_positions: See `BuilderOptions.uses_positions`. False: no warning.
 
     Raises:
         ValueError: The engine would give other results than the trainer: a token's row
             depends on other tokens outside `TrainableAttention`, or on its place in the
-            batch; `positions` have no effect; an attention layer is called more than
-            once, or never. Every reason is named, with its module.
+            batch; there is no attention layer; one is called more than once, or never.
+            Every reason is named, with its module. That positions have no effect is
+            logged as a warning.
         TypeError: `forward` cannot be called as the engine calls it, or does not return
             the output of the head.
     """
@@ -204,7 +206,7 @@ def check_in_engine(model: "BuiltModel") -> None:
         return
     module.eval()
     model_config = model.vllm_config.model_config
-    device = torch.device(model.vllm_config.device_config.device)
+    device = torch.device(upstream.current_platform.device_type)
     with upstream.set_forward_context(None, model.vllm_config):
         findings = probe(
             module,
@@ -235,9 +237,7 @@ def check_in_engine(model: "BuiltModel") -> None:
 
 def judge(findings: Findings, uses_positions: bool, name: str) -> None:
     """Log the notes, and raise the problems."""
-    for note in findings.notes:
-        logger.warning("%s: %s", name, note)
-    problems = list(findings.problems)
+    problems, notes = list(findings.problems), list(findings.notes)
     if not findings.attention:
         problems.insert(
             0,
@@ -245,18 +245,15 @@ def judge(findings: Findings, uses_positions: bool, name: str) -> None:
             "of earlier tokens. Call TrainableAttention where the model attends "
             "(vllm.model_executor.layers.training).",
         )
-    if (
-        uses_positions
-        and findings.positions_matter is False
-        and not findings.encodes_positions
-    ):
-        problems.append(
-            "Other positions change nothing. The engine gives forward(input_ids, "
-            "positions) the position of each token in its request; a model that counts "
-            "them itself, from 0 in each step, is wrong there. Use positions, or say "
-            "@model_builder(uses_positions=False) if the model has no position "
-            "encoding."
+    by_itself = findings.encodes_positions or not uses_positions
+    if findings.positions_matter is False and not by_itself:
+        notes.append(
+            "forward(input_ids, positions) does not use positions: other ones change "
+            "nothing. So tokens are served without a position encoding. If that is "
+            "meant, say @model_builder(uses_positions=False)."
         )
+    for note in notes:
+        logger.warning("%s: %s", name, note)
     if problems:
         listing = "".join(f"\n- {problem}" for problem in problems)
         raise ValueError(f"{name} would not be served as it is trained:{listing}")
@@ -290,14 +287,16 @@ def probe(
     one = every[row : row + 1]
     order = every.flip(0).roll(3)
     layers = _layers_with_state(module)
-    recording, notes = Recording(), []
+    recording = Recording()
+    notes: list[str] = []
 
-    def run(batch: Batch, visit: Visit) -> tuple[Any, dict[str, str]]:
+    def run(batch: Batch, visit: Visit, callers: _Callers | None = None) -> Any:
         ids = None if carried else batch.input_ids
-        with watching(module, count, visit) as running, _Named(running) as named:
+        with watching(module, count, visit) as running, callers or nullcontext():
+            if callers:
+                callers.running = running
             states = batch.hidden_states
-            output = call_module(module, batched, ids, batch.positions, states)
-        return output, named.callers
+            return call_module(module, batched, ids, batch.positions, states)
 
     def compare(
         batch: Batch, rows: torch.Tensor, recorded: torch.Tensor, poison: bool = False
@@ -307,7 +306,8 @@ def probe(
         return comparison.differing
 
     with _quietly(device), _row_wise(layers) as stand_ins:
-        output, callers = run(first, recording.visit)
+        callers = _Callers()
+        output = run(first, recording.visit, callers)
         tokens = first.positions.shape
         check_output(output, torch.Size((1, *tokens)) if batched else tokens)
         problems = _miscalled(stand_ins)
@@ -331,11 +331,11 @@ def probe(
     by_design = [sight for sight in mixing if _is_quantised(sight.module)]
     notes += _describe(module, by_design[:1], _QUANTISED)
     mixing = [sight for sight in mixing if not _is_quantised(sight.module)]
-    problems += _describe(module, mixing, _MIXED, callers)
+    problems += _describe(module, mixing, _MIXED, callers.functions)
     known = {sight.owner for sight in mixing + by_design}
     moved = [sight for sight in moved if sight.owner not in known]
     problems += _describe(module, moved, _MOVED)
-    matter = changes.found
+    matter: bool | None = changes.found
     if not matter and (changes.blank or max_positions < 2):
         matter = None
     return _findings(problems, notes, layers, matter)
@@ -373,7 +373,7 @@ def _describe(
     module: nn.Module,
     sights: Sequence[Sight],
     text: str,
-    callers: dict[str, str] | None = None,
+    callers: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """One sentence for each module that is to blame, at the first place it shows."""
     found: dict[str, str] = {}
@@ -384,7 +384,7 @@ def _describe(
         if place.side == "input":
             where = f"what it passes to {place.path!r}"
         advice = _NO_STATE
-        if callers and owner in callers:
+        if owner in callers:
             advice = _USE_ATTENTION.format(function=callers[owner])
         named = f"{owner!r}" if owner else "The model itself"
         named += f" ({type(module.get_submodule(owner)).__name__})"
@@ -401,9 +401,9 @@ def _miscalled(stand_ins: dict[str, "_StandIn"]) -> list[str]:
         kind = type(stand_in.layer).__name__
         if stand_in.calls == 0:
             problems.append(
-                f"forward never calls {path!r} ({kind}), for which the engine would keep "
-                "a KV cache. Remove it from the module that the builder returns, or "
-                "call it."
+                f"forward never calls {path!r} ({kind}), for which the engine would "
+                "keep a KV cache. Remove it from the module that the builder returns, "
+                "or call it."
             )
         elif stand_in.calls > 1:
             problems.append(
@@ -518,24 +518,25 @@ def _row_wise(layers: dict[str, TrainingLayer]) -> Iterator[dict[str, _StandIn]]
                 vars(layer)["engine"] = before[path]["engine"]
 
 
-class _Named(TorchFunctionMode):
+class _Callers(TorchFunctionMode):
     """Notes which modules call torch's attention.
 
     Attributes:
-        callers: The function's name, by the path of the module that called it.
+        running: The paths of the modules that are running, outermost first.
+        functions: The function's name, by the path of the module that called it.
     """
 
-    def __init__(self, running: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.running = running
-        self.callers: dict[str, str] = {}
+        self.running: list[str] = []
+        self.functions: dict[str, str] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in ATTENTION and self.running:
-            self.callers[self.running[-1]] = name
+            self.functions[self.running[-1]] = name
         return func(*args, **(kwargs or {}))
 
 

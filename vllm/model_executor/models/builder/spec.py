@@ -39,7 +39,7 @@ class BuilderOptions:
             then takes `hidden_states`, None on the first stage, and returns them on
             all but the last.
         uses_positions: Whether the model knows where a token stands by `positions`.
-            False for one that has no position encoding at all.
+            False for one without a position encoding: nothing warns of that then.
     """
 
     head: str | None = None
