@@ -37,14 +37,14 @@ def make_llm(clean_registry):
             "dtype": "float32",
             "max_model_len": 256,
             "enforce_eager": True,
+            "skip_tokenizer_init": True,
             **MEMORY,
         } | options
         skip_without_gpus(
             options.get("tensor_parallel_size", 1)
             * options.get("pipeline_parallel_size", 1)
         )
-        options |= {"disable_log_stats": True, "skip_tokenizer_init": True}
-        engines.append(LLM(str(directory), **options))
+        engines.append(LLM(str(directory), disable_log_stats=True, **options))
         return engines[-1]
 
     def stop_all():

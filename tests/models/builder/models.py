@@ -126,6 +126,19 @@ def build_scaled(config):
     return ScaledGPT(config)
 
 
+class ShiftedBlock(PlainBlock):
+    """Adds to each token the one before it."""
+
+    def forward(self, x):
+        return super().forward(x + nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+def build_shifted(config):
+    model = PlainGPT(config)
+    model.blocks[1] = ShiftedBlock(config.hidden_size, config.num_attention_heads)
+    return model
+
+
 def save_plain(directory: Path, **fields) -> PlainGPT:
     """A `PlainGPT` in a model directory without tokenizer or `model_type`."""
     from transformers import PreTrainedConfig

@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from tests.models.builder.models import (
     GENERIC,
@@ -17,12 +20,14 @@ from tests.models.builder.models import (
     build_generic,
     build_plain,
     build_scaled,
+    build_shifted,
     greedy,
     save_generic,
     save_plain,
 )
 from vllm import ModelRegistry
 from vllm.model_executor.models.builder import model_builder
+from vllm.model_executor.models.builder.head import HeadTap
 from vllm.training.weights import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
@@ -178,15 +183,54 @@ def test_parameter_names_are_those_of_the_built_module(make_llm, tmp_path):
     assert served == [name for name, _ in model.named_parameters()]
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_what_follows_the_head_is_refused(make_llm, tmp_path, eager):
+def test_what_follows_the_head_is_refused(make_llm, tmp_path):
     save_plain(tmp_path)
     ModelRegistry.register_model(PLAIN, build_scaled)
-    error = TypeError if eager else torch._dynamo.exc.Unsupported
     with pytest.raises(
-        error, match="does not return the output of its head 'to_vocab'"
+        TypeError, match="does not return the output of its head 'to_vocab'"
     ):
-        greedy(make_llm(tmp_path, enforce_eager=eager), PROMPTS)
+        make_llm(tmp_path, enforce_eager=False)
+
+
+def test_a_model_that_mixes_tokens_is_refused_before_the_first_step(make_llm, tmp_path):
+    save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_shifted)
+    with pytest.raises(
+        ValueError, match=r"'blocks.1' \(ShiftedBlock\) mixes tokens outside"
+    ):
+        make_llm(tmp_path, enable_prefix_caching=False, max_num_batched_tokens=64)
+
+
+def test_embeddings_are_what_the_head_would_receive(make_llm, tmp_path):
+    model = save_plain(tmp_path)
+    # vLLM's pooling wants a tokenizer, also for token ids.
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_plain)
+    llm = make_llm(tmp_path, runner="pooling", skip_tokenizer_init=False)
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    outputs = llm.embed(prompts, use_tqdm=False)
+    with HeadTap(model.to_vocab).installed(), torch.no_grad():
+        for ids, output in zip(PROMPTS, outputs, strict=True):
+            states = model(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1]
+            expected = nn.functional.normalize(states, dim=0)
+            embedding = torch.tensor(output.outputs.embedding)
+            torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "Merge the adapter into the weights"),
+        ({"runner": "pooling", "convert": "classify"}, "convert='embed'"),
+    ],
+)
+def test_what_vllm_cannot_add_to_a_built_model(make_llm, tmp_path, options, message):
+    save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_plain)
+    with pytest.raises(NotImplementedError, match=message) as error:
+        make_llm(tmp_path, **options)
+    assert "built by tests.models.builder.models.build_plain" in str(error.value)
 
 
 @pytest.mark.parametrize(

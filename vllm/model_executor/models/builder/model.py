@@ -38,7 +38,9 @@ def model_class(spec: BuilderSpec) -> "type[BuiltModel]":
     """The class that `ModelRegistry` resolves a builder's architecture to."""
     name = spec.name.rpartition(".")[2].strip("<>")
     base = BuiltStage if spec.options.supports_pp else BuiltModel
-    return type(name, (base,), {"spec": spec, "__doc__": f"Built by {spec.name}."})
+    built = type(name, (base,), {"spec": spec, "__doc__": f"Built by {spec.name}."})
+    built.__qualname__ = f"BuiltModel[{spec.name}]"
+    return built
 
 
 class RegisteredBuilder(upstream.BaseRegisteredModel):
@@ -104,6 +106,7 @@ class BuiltModel(nn.Module):
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
+        _refuse_unsupported(vllm_config, self.spec.name)
         module, options = self.module, self.spec.options
         self._modules = module._modules
         self._parameters = module._parameters
@@ -126,7 +129,11 @@ class BuiltModel(nn.Module):
         self.head_path = None
         if self.is_last_stage:
             self.head_path = find_head(module, options.head, config, self.spec.name)
-        bind_engine_layers(module, vllm_config, prefix, head=self.head_path)
+        # A model that gives embeddings has no use for logits, and vLLM leaves out its
+        # own heads there; so the head stays a training layer, which is never called.
+        is_pooling = model_config.runner_type == "pooling"
+        engine_head = None if is_pooling else self.head_path
+        bind_engine_layers(module, vllm_config, prefix, head=engine_head)
         if self.head_path is not None:
             head = module.get_submodule(self.head_path)
             self.head_tap = HeadTap(head)
@@ -137,6 +144,10 @@ class BuiltModel(nn.Module):
         )
         loader = EngineLoader(self, layout, model_config, strict)
         object.__setattr__(self, "loader", loader)
+
+    def _get_name(self) -> str:
+        """What `repr` calls it."""
+        return type(self).__qualname__
 
     def train(self, mode: bool = True) -> "BuiltModel":
         """Set the built module's mode, and so that of everything in it."""
@@ -258,3 +269,27 @@ _NO_EMBEDS = (
     "The module built by {name} takes token ids only; prompt embeddings need a "
     "module with vLLM's interface (embed_input_ids and inputs_embeds)."
 )
+
+
+def _refuse_unsupported(vllm_config: "VllmConfig", builder: str) -> None:
+    """Refuse what vLLM adds to models and cannot add to a training-only module.
+
+    Raises:
+        NotImplementedError: Names the setting.
+    """
+    if vllm_config.lora_config is not None:
+        raise NotImplementedError(
+            f"enable_lora=True: the module built by {builder} cannot take vLLM's LoRA "
+            "adapters, which replace layers that vLLM's own model classes declare. "
+            "Merge the adapter into the weights and start with enable_lora=False; "
+            "merged weights can also be sent to a running engine (reload_weights)."
+        )
+    if vllm_config.model_config.convert_type == "classify":
+        raise NotImplementedError(
+            f"convert='classify': the module built by {builder} has no classification, "
+            "score or reward head that vLLM knows. Use runner='pooling', "
+            "convert='embed' and apply the head to the embeddings, which are what the "
+            "language-model head would receive (unnormalised with "
+            "PoolerConfig(use_activation=False)); or return a module with vLLM's "
+            "interface and a `pooler`."
+        )
