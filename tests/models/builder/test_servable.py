@@ -4,6 +4,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.model_executor.layers.training import RotaryEmbedding, TrainableAttention
+from vllm.model_executor.models.builder.servable import Findings
 from vllm.training import check_servable
 
 VOCAB, HIDDEN, HEADS, LENGTH = 96, 64, 2, 128
@@ -472,3 +474,14 @@ def caplog_vllm(caplog):
     caplog.set_level(logging.WARNING, "vllm")
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+def test_what_stages_and_ranks_found_is_joined():
+    first = Findings(("a",), ("n",), 2, False, True).on_stage(0)
+    second = Findings(("b",), ("n",), 3, False, False).on_stage(1)
+    whole = first.joined(second)
+    assert whole.problems == ("Pipeline stage 0: a", "Pipeline stage 1: b")
+    assert (whole.notes, whole.attention, whole.positions_matter) == (("n",), 5, True)
+    unknown = replace(second, positions_matter=None).joined(second)
+    assert unknown.positions_matter is None
+    assert second.joined(second).positions_matter is False
