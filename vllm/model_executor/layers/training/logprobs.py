@@ -52,7 +52,8 @@ def token_logprobs(
 
     Memory: tokens and vocabulary are processed in blocks. At most 16 Mi logits on CPU
     and 96 Mi on CUDA exist at a time, in the head's dtype; a batch of no more keeps
-    them for the backward, which computes those of a larger one again.
+    them for the backward, which computes those of a larger one again. A head that
+    is called keeps what else it computes as well.
 
     Args:
         hidden_states: shape = [num_tokens, hidden_size] or [batch, seq, hidden_size],
