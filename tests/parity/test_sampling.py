@@ -135,15 +135,12 @@ def test_top_k_and_top_p(subject, filters, processed, prompts, record, monkeypat
     samples = processed.sample(prompts, 6, logprobs=-1, **params)
 
     def filtered(hidden, _):
-        logits = tempered(subject.trainer.lm_head(hidden), TEMPERATURE)
+        def of_each(value):
+            return value and torch.full((len(hidden),), value, device=hidden.device)
 
-        def of_each(name):
-            value = filters.get(name)
-            return value and torch.full((len(logits),), value, device=logits.device)
-
-        return log_softmax(
-            apply_top_k_top_p(logits, of_each("top_k"), of_each("top_p"))
-        )
+        logits = tempered(subject.trainer.lm_head(hidden), of_each(TEMPERATURE))
+        top_k, top_p = (of_each(filters.get(name)) for name in ("top_k", "top_p"))
+        return log_softmax(apply_top_k_top_p(logits, top_k, top_p))
 
     rows = of_samples(subject, samples, filtered)
     assert all(row.isinf().any() for row in rows)
