@@ -4,6 +4,7 @@
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import deterministic as determinism
 
-from vllm.model_executor.layers.training.ops.attention import op, table
+from vllm.model_executor.layers.training.ops.attention import cpu, op, table
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
@@ -303,6 +304,48 @@ def test_no_element_is_left_unwritten(name, poisoned_memory):
     inputs = make_inputs(RAGGED, 80, dtype, features)
     for tensor in run(inputs, RAGGED, features, random_grad(inputs), name):
         assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", table.IMPLEMENTATIONS)
+def test_strides_of_sinks_slopes_and_bounds_change_nothing(name, assert_equal):
+    """Such as those of a column of a matrix, or of one number for all heads."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    for feature in ("sinks", "alibi"):
+        if not runs(name, dtype, 64, FEATURES[feature]):
+            continue
+        *qkv, sinks, alibi = make_inputs(RAGGED, 64, dtype, FEATURES[feature])
+        given, key = (alibi, "alibi_slopes") if sinks is None else (sinks, "sinks")
+        column = torch.stack((given.detach(), -given.detach()), 1)[:, 0]
+        for values in (column, column[:1].expand(HEADS)):
+            outputs = [
+                attention(
+                    *qkv,
+                    cu_seqlens,
+                    max(RAGGED),
+                    spec_of({}, 64),
+                    implementation=name,
+                    **{key: of_heads},
+                )
+                for of_heads, cu_seqlens in (
+                    (
+                        values.clone(memory_format=torch.contiguous_format),
+                        bounds(RAGGED),
+                    ),
+                    (values, bounds(RAGGED).repeat_interleave(2)[::2]),
+                )
+            ]
+            assert_equal(feature, *outputs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU engine's kernel")
+def test_the_engines_kernel_may_use_amx(monkeypatch):
+    """A process that has not asked the system for it is killed by the kernel."""
+    asked = Mock(wraps=torch.cpu._init_amx)
+    monkeypatch.setattr(torch.cpu, "_init_amx", asked)
+    cpu._engines_attention.cache_clear()
+    inputs = make_inputs([3], 32, torch.bfloat16, {})
+    run(inputs, [3], {}, random_grad(inputs), "vllm_cpu")
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import torch
 
 from vllm.model_executor import upstream
@@ -93,7 +96,7 @@ def forward_vllm(
     batch-invariant mode cut into pieces as the engine cuts it. The engine's kernel does
     not return lse, which our own computes.
     """
-    vllm = upstream.cpu_attention()
+    vllm = _engines_attention()
     num_heads, head_size = query.shape[1:]
     num_kv_heads = key.shape[1]
     isa = vllm.isa(query.dtype, PAGE_SIZE, head_size)
@@ -149,6 +152,17 @@ def forward_vllm(
         query, key, cu_seqlens, sinks, alibi_slopes, scale, causal, window, soft_cap
     )
     return output, lse
+
+
+@functools.cache
+def _engines_attention() -> SimpleNamespace:
+    """The engine's attention, ready to run.
+
+    A process has to ask the system for AMX before it uses it, or is killed. In an
+    engine oneDNN has asked.
+    """
+    torch.cpu._init_amx()
+    return upstream.cpu_attention()
 
 
 def _pages(

@@ -93,6 +93,11 @@ def attention(
     )
     if sinks is not None and query.dtype != torch.float64:
         sinks = sinks.to(query.dtype).float()
+    # Kernels take these to be contiguous.
+    cu_seqlens = cu_seqlens.contiguous()
+    sinks, alibi_slopes = (
+        None if each is None else each.contiguous() for each in (sinks, alibi_slopes)
+    )
     output, _ = _attention(
         query,
         key,
