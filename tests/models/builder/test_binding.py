@@ -93,22 +93,20 @@ def test_a_users_subclass_is_left_alone():
     assert type(module[0]) is Doubled
 
 
-def config(hidden=4, vocab=10):
-    text = SimpleNamespace(hidden_size=hidden, vocab_size=vocab)
-    return SimpleNamespace(get_text_config=lambda: text)
+SIZES = (10, 4)
 
 
 def test_the_head_is_found():
     head = nn.Linear(4, 10)
     named = nn.ModuleDict({"lm_head": head, "other": nn.Linear(4, 10)})
-    assert find_head(named, None, config(), "b") == "lm_head"
+    assert find_head(named, None, SIZES, "b") == "lm_head"
     by_shape = nn.ModuleDict(
         {"tokens": nn.Embedding(10, 4), "mid": nn.Linear(4, 4), "out": head}
     )
-    assert find_head(by_shape, None, config(), "b") == "out"
-    assert find_head(named, "other", config(), "b") == "other"
+    assert find_head(by_shape, None, SIZES, "b") == "out"
+    assert find_head(named, "other", SIZES, "b") == "other"
     below = nn.ModuleDict({"model": named, "other": nn.Linear(4, 10)})
-    assert find_head(below, None, config(), "b") == "model.lm_head"
+    assert find_head(below, None, SIZES, "b") == "model.lm_head"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -120,20 +118,20 @@ def test_the_head_is_found_among_parallel_layers(tp_size):
             "out": ParallelLMHead(10, 4, parallel_context=context),
         }
     )
-    assert find_head(layers, None, config(), "b") == "out"
+    assert find_head(layers, None, SIZES, "b") == "out"
     del layers["out"]
     with pytest.raises(ValueError, match="none have a weight of shape"):
-        find_head(layers, None, config(), "b")
+        find_head(layers, None, SIZES, "b")
 
 
 def test_the_head_is_ambiguous_or_missing():
     two = nn.ModuleDict({"x": nn.Linear(4, 10), "y": nn.Linear(4, 10)})
     with pytest.raises(ValueError, match=r"\['x', 'y'\].*model_builder\(head="):
-        find_head(two, None, config(), "b")
+        find_head(two, None, SIZES, "b")
     with pytest.raises(ValueError, match="none have a weight of shape"):
-        find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, config(), "b")
+        find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, SIZES, "b")
     with pytest.raises(ValueError, match="no such submodule; it has x, y"):
-        find_head(two, "head", config(), "b")
+        find_head(two, "head", SIZES, "b")
 
 
 def test_the_layout_follows_the_signature():

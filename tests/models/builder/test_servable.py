@@ -328,6 +328,10 @@ def test_what_the_head_gets_and_gives():
         check_servable(Scaled(), CONFIG)
     with pytest.raises(TypeError, match="did not call the head"):
         check_servable(_with_spare_head(), CONFIG, head="spare")
+    with pytest.raises(
+        ValueError, match="logits of 96 tokens, and vocab_size .* is 90"
+    ):
+        check_servable(Model(), SimpleNamespace(vocab_size=90, hidden_size=HIDDEN))
 
 
 def _with_spare_head():

@@ -94,8 +94,16 @@ def named_head(module: nn.Module, option: str | None, caller: str) -> list[str]:
     return [path for path in paths if path.rpartition(".")[2] == "lm_head"]
 
 
-def find_head(module: nn.Module, option: str | None, config: Any, builder: str) -> str:
+def find_head(
+    module: nn.Module, option: str | None, sizes: tuple[int, int], builder: str
+) -> str:
     """Path of the module that gives logits; see `BuilderOptions.head`.
+
+    Args:
+        module: The training-only module.
+        option: The path that the builder names.
+        sizes: Of the vocabulary and of a hidden state.
+        builder: The builder's name, for messages.
 
     Raises:
         ValueError: There is none, or several could be it.
@@ -104,8 +112,6 @@ def find_head(module: nn.Module, option: str | None, config: Any, builder: str) 
     if len(by_name) == 1:
         return by_name[0]
     modules = dict(module.named_modules())
-    text_config = config.get_text_config()
-    sizes = (text_config.vocab_size, text_config.hidden_size)
     candidates = [
         name
         for name, part in modules.items()

@@ -139,3 +139,28 @@ def check_every_token(output: torch.Tensor, tokens: torch.Size, builder: str) ->
             "head every token, not the last alone (x[:, [-1]]): vLLM applies it only "
             "where a token is sampled."
         )
+
+
+def check_logits(
+    logits: torch.Tensor | None, vocab_size: int, head_path: str, builder: str
+) -> None:
+    """Refuse a head that does not give the logits of the config's vocabulary.
+
+    Args:
+        logits: What the head gave, shape = [num_tokens, vocab_size]; None on a rank
+            that samples nothing.
+        vocab_size: The config's.
+        head_path: The head's path.
+        builder: The builder's name, for messages.
+
+    Raises:
+        ValueError: There are more or fewer.
+    """
+    if logits is not None and logits.shape[-1] != vocab_size:
+        raise ValueError(
+            f"The head {head_path!r} of the module built by {builder} gives logits of "
+            f"{logits.shape[-1]} tokens, and vocab_size in config.json is "
+            f"{vocab_size}. They have to be the same. A head of your own that uses the "
+            "weight of a VocabParallelEmbedding gets its padding in the engine, or one "
+            "rank's part: use ParallelLMHead(...).tie_weights(embedding) there."
+        )

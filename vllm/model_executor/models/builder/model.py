@@ -11,6 +11,10 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.base import skip_init
+from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+    aligned_rows,
+    uses_samplers_kernels,
+)
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.config import tie_as_configured
@@ -19,6 +23,7 @@ from vllm.model_executor.models.builder.interface import (
     call_module,
     check_every_token,
     check_head_output,
+    check_logits,
     check_takes_hidden_states,
     has_vllm_interface,
     is_batched,
@@ -125,10 +130,11 @@ class BuiltModel(nn.Module):
         refuse_changing_hooks(module)
         layout = compare_ranks(module, CheckpointLayout.of(module), self.spec.name)
         strict = vllm_config.load_config.load_format != "dummy"
-        config = model_config.hf_config
+        self.vocab_size = model_config.hf_config.get_text_config().vocab_size
         self.head_path = None
         if self.is_last_stage:
-            self.head_path = find_head(module, options.head, config, self.spec.name)
+            sizes = (self.vocab_size, model_config.get_hidden_size())
+            self.head_path = find_head(module, options.head, sizes, self.spec.name)
         # A model that gives embeddings has no use for logits, and vLLM leaves out its
         # own heads there; so the head stays a training layer, which is never called.
         is_pooling = model_config.runner_type == "pooling"
@@ -138,9 +144,8 @@ class BuiltModel(nn.Module):
             head = module.get_submodule(self.head_path)
             self.head_tap = HeadTap(head)
             self.head_tap.install()
-        vocab_size = config.get_text_config().vocab_size
         object.__setattr__(
-            self, "logits_processor", upstream.LogitsProcessor(vocab_size)
+            self, "logits_processor", upstream.LogitsProcessor(self.vocab_size)
         )
         loader = EngineLoader(self, layout, model_config, strict)
         object.__setattr__(self, "loader", loader)
@@ -226,7 +231,9 @@ class BuiltModel(nn.Module):
         if isinstance(head, upstream.ParallelLMHead):
             return self.logits_processor(head, hidden_states, head.bias)
         with self.head_tap.removed():
-            return head(hidden_states)
+            logits = head(hidden_states)
+        # The sampler's kernels sum up a row in an order that depends on its alignment.
+        return aligned_rows(logits) if uses_samplers_kernels(logits) else logits
 
     def process_weights_after_loading(self) -> None:
         """Check with the weights in place that the model is served as it was trained.
@@ -243,8 +250,10 @@ class BuiltModel(nn.Module):
             tokens: Shape of the tokens that it was called with.
         """
         self._check_output(output, tokens)
-        if self.is_last_stage:
+        if self.head_path is not None:
             check_every_token(output, tokens, self.spec.name)
+            logits = self.compute_logits(output.flatten(0, -2)[:1])
+            check_logits(logits, self.vocab_size, self.head_path, self.spec.name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""

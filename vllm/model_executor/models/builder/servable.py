@@ -30,6 +30,7 @@ from vllm.model_executor.models.builder.interface import (
     call_module,
     check_every_token,
     check_head_output,
+    check_logits,
     is_batched,
 )
 from vllm.model_executor.models.builder.rows import (
@@ -146,9 +147,10 @@ def check_servable(
     Raises:
         ValueError: The engine would give other results than the trainer: a token's row
             depends on other tokens outside `TrainableAttention`, or on its place in the
-            batch; there is no attention layer; one is called more than once, or never.
-            Every reason is named, with its module. That positions have no effect is
-            logged as a warning.
+            batch; there is no attention layer; one is called more than once, or never;
+            the head gives logits of another vocabulary than the config's. Every reason
+            is named, with its module. That positions have no effect is logged as a
+            warning.
         TypeError: `forward` cannot be called as the engine calls it, or does not return
             the output of the head.
     """
@@ -157,12 +159,15 @@ def check_servable(
         config.get_text_config() if hasattr(config, "get_text_config") else config
     )
     layout = is_batched(module, batched, name)
-    path = find_head(module, head, text_config, name)
+    vocab_size = text_config.vocab_size
+    path = find_head(module, head, (vocab_size, text_config.hidden_size), name)
     tap = HeadTap(module.get_submodule(path))
 
     def check_output(output: Any, tokens: torch.Size) -> None:
         check_head_output(output, tap, path, name)
         check_every_token(output, tokens, name)
+        with tap.removed() as own_head:
+            check_logits(own_head(output), vocab_size, path, name)
 
     training = [layer for layer in module.modules() if layer.training]
     module.eval()
@@ -171,7 +176,7 @@ def check_servable(
             findings = probe(
                 module,
                 layout,
-                text_config.vocab_size,
+                vocab_size,
                 getattr(text_config, "max_position_embeddings", None) or 2048,
                 next(module.parameters()).device,
                 check_output,
