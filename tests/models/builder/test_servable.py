@@ -23,6 +23,15 @@ CONFIG = SimpleNamespace(
 )
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu_if_there_is_one():
+    with torch.device(DEVICE):
+        yield
+
+
 class Block(nn.Module):
     def __init__(self, attention=None):
         super().__init__()
