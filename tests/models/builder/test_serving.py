@@ -26,6 +26,7 @@ from tests.models.builder.models import (
     save_plain,
 )
 from vllm import ModelRegistry
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.models.builder.head import HeadTap
 from vllm.training.weights import checkpoint_tensors
@@ -37,6 +38,11 @@ def test_a_model_in_plain_pytorch(make_llm, tmp_path):
     model = save_plain(tmp_path)
     ModelRegistry.register_model(PLAIN, build_plain)
     llm = make_llm(tmp_path)
+    for token in (-1, 300):
+        with pytest.raises(
+            VLLMValidationError, match=f"{token} at place 1 .* from 0 to 299 are"
+        ):
+            greedy(llm, [[1, token]])
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
 
 
