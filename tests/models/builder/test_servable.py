@@ -444,6 +444,29 @@ def test_positions_that_have_no_effect_are_warned_of(caplog_vllm):
     assert "does not use positions" in caplog_vllm.text
 
 
+class QuantisedLinear(nn.Linear):
+    """As one of vLLM's whose scale is that of the whole batch."""
+
+    quant_method = object()
+
+    def forward(self, x):
+        scale = x.abs().amax() / 127
+        return super().forward((x / scale).round() * scale)
+
+
+class QuantisedBlock(Block):
+    def __init__(self):
+        super().__init__()
+        self.up = QuantisedLinear(HIDDEN, 96)
+
+
+def test_quantisation_that_mixes_rows_by_design_is_said(caplog_vllm):
+    check_servable(Model(QuantisedBlock), CONFIG)
+    assert "'blocks.1.up' (QuantisedLinear) quantises the activations" in (
+        caplog_vllm.text
+    )
+
+
 def test_the_model_stays_as_it_was():
     model = Model(RunningBatchNormBlock).train()
     model.blocks[0].eval()
