@@ -53,7 +53,7 @@ def speculate(subject, engine):
     return [sample.logprobs for sample in samples], of_completions(scores, samples)
 
 
-@pytest.mark.parametrize("subject", [DEMO, *OTHERS], indirect=True, ids=str)
+@pytest.mark.parametrize("subject", OTHERS, indirect=True, ids=str)
 def test_ngram(subject, apart, record):
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     ngram |= {"prompt_lookup_min": 1}
