@@ -210,14 +210,13 @@ def check_in_engine(model: "BuiltModel") -> None:
         )
         return
     module.eval()
-    model_config = model.vllm_config.model_config
     device = torch.device(upstream.current_platform.device_type)
     with upstream.set_forward_context(None, model.vllm_config):
         findings = probe(
             module,
             model.batched,
-            model_config.hf_config.get_text_config().vocab_size,
-            model_config.max_model_len,
+            model.vocab_size,
+            model.vllm_config.model_config.max_model_len,
             device,
             model.check_output,
             None if model.is_first_stage else model.carried,
