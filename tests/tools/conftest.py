@@ -93,10 +93,10 @@ PATCHED = {
 }
 # Kernels that compile in no time.
 SOURCES = {
-    "csrc/training/CMakeLists.txt": b"""\
+    "CMakeLists.txt": b"""\
 cmake_minimum_required(VERSION 3.22)
 project(kernels LANGUAGES CXX)
-add_library(_training_C MODULE kernels.cpp)
+add_library(_training_C MODULE csrc/training/kernels.cpp)
 set_target_properties(_training_C PROPERTIES PREFIX "" SUFFIX ".abi3.so")
 """,
     "csrc/training/kernels.cpp": b"int answer() { return 42; }\n",

@@ -3,6 +3,8 @@
 """Compiling the kernels, and their way into the wheel and an installed vLLM."""
 
 import importlib.util
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from vllm_overlay import extension, installed
 from vllm_overlay.base import BaseWheel, load_base
-from vllm_overlay.common import BUILT_EXTENSION, EXTENSION, OverlayError
+from vllm_overlay.common import BUILT_EXTENSION, CHECKOUT, EXTENSION, OverlayError
 from vllm_overlay.wheel import build_wheel
 
 
@@ -48,6 +50,25 @@ def test_without_cmake(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(checkout))
     with pytest.raises(OverlayError, match="cmake is needed.*pip install cmake"):
         extension.build(checkout)
+
+
+def configure(folder: Path, *options: str) -> str:
+    """Configure this repository's own project, as a person would."""
+    command = [extension._find("cmake"), "-S", CHECKOUT, "-B", folder, *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return " ".join((result.stdout + result.stderr).split())
+
+
+def test_cmake_by_hand(tmp_path: Path) -> None:
+    output = configure(tmp_path / "a", f"-DPython3_EXECUTABLE={sys.executable}")
+    assert "Build files have been written to" in output
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    output = configure(tmp_path / "b", f"-DPython3_EXECUTABLE={python}")
+    assert f"{python} has no torch to compile against. Activate" in output
+    output = configure(tmp_path / "c", f"-DTORCH_ROOT={tmp_path}")
+    assert f"{tmp_path} is not the folder of an installed torch 2.11" in output
 
 
 def test_the_wheel_and_an_overlay_have_it(

@@ -31,11 +31,11 @@ def build(checkout: Path) -> Path:
             "both)"
         )
     library = checkout / BUILT_EXTENSION
-    folder = library.parent / "cmake"
+    folder = library.parent / "objects"
     cmake = _find("cmake")
     configure = [
         *(cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_find('ninja')}"),
-        *("-S", str(checkout / "csrc" / "training"), "-B", str(folder)),
+        *("-S", str(checkout), "-B", str(folder)),
         f"-DTORCH_ROOT={Path(torch.origin).parent}",
     ]
     _run(configure)
