@@ -58,7 +58,7 @@ class TrainerRanks:
         if torch.cuda.is_available():
             raise RuntimeError(
                 "The examples compare fp32, which vLLM multiplies in TF32 on CUDA. "
-                "Run them with the CPU build: VLLM_TARGET_DEVICE=cpu make setup."
+                "Run them with vLLM's build for CPU."
             )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -4,7 +4,7 @@
 
 Writes one JSON file a benchmark and a table of all to `build/bench`; with
 `--report FILE` the table also replaces this kind of hardware's part of a document.
-Run it on an idle machine: `make bench`.
+Run it on an idle machine.
 """
 
 from __future__ import annotations

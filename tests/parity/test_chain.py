@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Trainer and engine of one tensor-parallel rank: RFC.md, numerics contract."""
+"""Trainer and engine of one tensor-parallel rank: the numerics contract."""
 
 import pytest
 import torch

@@ -46,10 +46,10 @@ class ParallelContext:
             also where their size is 1, because for PyTorch no group means the world.
             None in a world of one process, and where none was given.
         tp_reduction_shards: the number of partial products that a row-parallel
-            output is the ordered sum of (RFC.md, numerics contract, e). It is tp_size
-            by default; a trainer with a smaller tensor-parallel size reproduces the
-            arithmetic of an engine with a larger one by naming the engine's size
-            here. An engine takes it from `additional_config`:
+            output is the sum of, in the order of ranks. It is tp_size by default; a
+            trainer with a smaller tensor-parallel size reproduces the arithmetic of
+            an engine with a larger one by naming the engine's size here. An engine
+            takes it from `additional_config`:
             LLM(..., additional_config={"tp_reduction_shards": n}). A multiple of
             tp_size.
     """

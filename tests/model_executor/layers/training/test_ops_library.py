@@ -56,6 +56,6 @@ def test_an_op_is_compiled_with_its_backward(square, device):
 def test_an_extension_of_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(library, "HAS_CPU_KERNELS", True)
     with pytest.raises(
-        ImportError, match="no CPU kernel for vllm_training::missing_for.*make setup"
+        ImportError, match="no CPU kernel for vllm_training::missing_for.*pip install"
     ):
         library.define_op("missing_for_tests(Tensor x) -> Tensor", fake=lambda x: x)

@@ -34,15 +34,20 @@ IN_FLOAT64 = "pass float64 inputs, which run in plain torch"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _EXTENSION = Path(__file__).parents[4] / "_training_C.abi3.so"
+# For errors: how the extension gets there.
+BUILD_EXTENSION = (
+    "install vLLM from source: `pip install --no-build-isolation .` in its source tree "
+    "compiles the extension"
+)
 
 
 def _load_cpu_kernels() -> bool:
     if not _EXTENSION.exists():
         logger.warning(
             "%s is not built: training layers run plain torch on CPU, which is slower "
-            "and takes more memory. Build it with `python tools/overlay.py extension` "
-            "and apply the overlay again, or install the wheel.",
+            "and takes more memory. To build it, %s.",
             _EXTENSION.name,
+            BUILD_EXTENSION,
         )
         return False
     torch.ops.load_library(str(_EXTENSION))
@@ -145,8 +150,7 @@ def define_op(
     ):
         raise ImportError(
             f"{_EXTENSION} has no CPU kernel for {qualified}: it was built from other "
-            "sources. Build it again with `make setup`, or with `python "
-            "tools/overlay.py extension` and apply the overlay again."
+            f"sources. To build it again, {BUILD_EXTENSION}."
         )
     if cuda is not None:
         _LIBRARY.impl(name, _as_kernel(cuda), "CUDA")

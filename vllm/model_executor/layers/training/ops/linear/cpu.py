@@ -16,6 +16,7 @@ import torch
 
 from vllm.model_executor import upstream
 from vllm.model_executor.layers.training.ops.library import (
+    BUILD_EXTENSION,
     HAS_CPU_KERNELS,
     define_op,
 )
@@ -85,9 +86,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
         )
     if not HAS_CPU_KERNELS:
         raise RuntimeError(
-            "Batch-invariant mode on CPU needs the extension, which is not built; "
-            "build it with `make setup`, or with `python tools/overlay.py extension` "
-            "and apply the overlay again."
+            "Batch-invariant mode on CPU needs the extension, which is not built. To "
+            f"build it, {BUILD_EXTENSION}."
         )
     if dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
         return torch.float32
