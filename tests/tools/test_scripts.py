@@ -30,13 +30,14 @@ def test_apply_check_revert(checkout: Path, site: Path) -> None:
     assert status == 1 and text.startswith("overlay.py: error: ")
 
 
-def test_edit_and_diff(checkout: Path, fetched: Path, tmp_path: Path) -> None:
-    patch, tree = checkout / "patches/0001-registry.patch", tmp_path / "tree"
-    assert overlay(checkout, "edit", "--patch", patch, "--tree", tree)[0] == 0
-    with (tree / "vllm/models/registry.py").open("a") as stream:
-        stream.write("six\n")
-    assert overlay(checkout, "diff", "--patch", patch, "--edited", tree)[0] == 0
-    assert patch.read_text().endswith("@@ -5,1 +6,2 @@\n five\n+six\n")
+def test_edit_and_save(checkout: Path, fetched: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    assert overlay(checkout, "edit", tree) == (0, "")
+    before = {path: path.read_bytes() for path in checkout.glob("patches/*")}
+    assert overlay(checkout, "save", tree) == (0, "")
+    assert {path: path.read_bytes() for path in checkout.glob("patches/*")} == before
+    status, text = overlay(checkout, "edit", tree)
+    assert status == 1 and f"{tree} exists" in text
 
 
 def test_build_and_device(

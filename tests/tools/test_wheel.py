@@ -135,9 +135,9 @@ def test_new_paths_must_be_new(checkout: Path, base_wheel: Path) -> None:
 def test_a_patch_for_another_release_leaves_nothing(
     checkout: Path, base_wheel: Path
 ) -> None:
-    patch = checkout / "patches/0001-registry.patch"
+    patch = checkout / "patches/0001-Registry-one-more.patch"
     patch.write_text(patch.read_text().replace(" two\n", " tow\n"))
-    with pytest.raises(OverlayError, match="line 2 of vllm/models/registry.py"):
+    with pytest.raises(OverlayError, match="vllm/models/registry.py: patch does not"):
         build(checkout, base_wheel)
     assert not (checkout / "dist").exists()
 

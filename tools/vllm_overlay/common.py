@@ -4,6 +4,7 @@
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -18,6 +19,52 @@ _JUNK_SUFFIXES = (".pyc", ".pyo", ".orig", ".rej", ".swp", "~")
 
 class OverlayError(Exception):
     """A request that cannot be carried out; the message says what to do."""
+
+
+def git(folder: Path, *arguments: str | Path) -> str:
+    """Run git in a folder, out of reach of repositories around it and of settings.
+
+    Within an ignored folder of another repository `git apply` would skip files
+    without a word.
+
+    Args:
+        folder: Where to run it; a repository of its own, or none.
+        *arguments: Git's command line.
+
+    Returns:
+        What git wrote.
+
+    Raises:
+        OverlayError: If git is not installed, or fails.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {
+        "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+    }
+    identity = ("-c", "user.name=vLLM overlay", "-c", "user.email=overlay@localhost")
+    command = ["git", *identity, *map(str, arguments)]
+    try:
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise OverlayError(
+            "git is needed to apply the patches and is not on PATH; install it, for "
+            "example with `apt-get install git`"
+        ) from error
+    if result.returncode:
+        raise OverlayError(
+            f"`git {' '.join(map(str, arguments))}` failed in {folder}:\n"
+            f"{result.stderr.decode(errors='replace')}"
+        )
+    return result.stdout.decode("utf-8")
+
+
+def blob_id(data: bytes) -> str:
+    """Return the id that git gives to a file with these contents."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def sha256_bytes(data: bytes) -> str:

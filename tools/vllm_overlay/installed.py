@@ -17,6 +17,7 @@ from vllm_overlay.base import DEVICES, load_base
 from vllm_overlay.common import (
     EXTENSION,
     OverlayError,
+    blob_id,
     bullets,
     link_atomically,
     overlay_files,
@@ -25,7 +26,7 @@ from vllm_overlay.common import (
     write_atomically,
 )
 from vllm_overlay.manifest import MANIFEST, Manifest, update_record
-from vllm_overlay.series import PatchedFile, Series, load_series
+from vllm_overlay.series import Series, load_series
 
 _VERSION = re.compile(r"^__version__ = version = '([^']+)'$", re.MULTILINE)
 
@@ -90,7 +91,9 @@ def apply(site: Path, checkout: Path, link: bool) -> str:
     Raises:
         OverlayError: Naming every file in the way. Nothing is written then.
     """
-    plan = _plan(site, checkout, load_series(checkout / "patches"), checkout / "vllm")
+    plan = _plan(
+        site, checkout, load_series(checkout / "patches"), overlay_files(checkout)
+    )
     if plan.problems:
         raise OverlayError(
             f"cannot apply to {site}; nothing was written:{bullets(plan.problems)}"
@@ -107,7 +110,7 @@ def revert(site: Path, checkout: Path) -> str:
     if Manifest.read(site) is None:
         temporary_beside(site / MANIFEST).unlink(missing_ok=True)
         return f"{site}: no overlay, nothing to do"
-    plan = _plan(site, checkout, Series(()), None)
+    plan = _plan(site, checkout, Series(), {})
     if plan.problems:
         raise OverlayError(
             f"cannot revert {site}; nothing was written:{bullets(plan.problems)}"
@@ -118,7 +121,9 @@ def revert(site: Path, checkout: Path) -> str:
 
 def check(site: Path, checkout: Path) -> list[str]:
     """List the differences between an installed overlay and the checkout."""
-    plan = _plan(site, checkout, load_series(checkout / "patches"), checkout / "vllm")
+    plan = _plan(
+        site, checkout, load_series(checkout / "patches"), overlay_files(checkout)
+    )
     differences = list(plan.problems)
     if not (site / MANIFEST).exists():
         differences.append(f"{MANIFEST}: there is no overlay; apply it")
@@ -129,53 +134,46 @@ def check(site: Path, checkout: Path) -> list[str]:
     return differences
 
 
-def _plan(site: Path, checkout: Path, series: Series, overlay: Path | None) -> Plan:
+def _plan(site: Path, checkout: Path, series: Series, sources: dict[str, Path]) -> Plan:
     dist_info = _find_vllm(site, checkout)
-    plan = Plan(site, dist_info, Manifest.read(site) or Manifest())
-    patched: dict[str, tuple[str, PatchedFile]] = {}
+    plan = Plan(site, dist_info, Manifest.read(site) or Manifest(), sources=sources)
     pins = series.pins()
-    for path in sorted({*pins, *plan.before.patched}):
-        pristine = _pristine(plan, path, pins)
-        if pristine is None:
-            continue
-        if path in pins:
-            file = series.apply(path, pristine)
-            patched[path] = (pins[path], file)
-            plan.contents[path] = file.data
-        else:
-            plan.contents[path] = pristine
-    added = {}
-    if overlay is not None:
-        plan.sources = overlay_files(checkout)
-        if EXTENSION in plan.before.added and EXTENSION not in plan.sources:
-            plan.problems.append(
-                f"{EXTENSION}: is installed, but not built in the checkout; build it "
-                "with `overlay.py extension`"
-            )
-    for path in sorted({*plan.sources, *plan.before.added}):
+    pristine = {
+        path: data
+        for path in sorted({*pins, *plan.before.pristine})
+        if (data := _pristine(plan, path, pins)) is not None
+    }
+    if sources and EXTENSION in plan.before.files and EXTENSION not in sources:
+        plan.problems.append(
+            f"{EXTENSION}: is installed, but not built in the checkout; build it "
+            "with `overlay.py extension`"
+        )
+    added = {path: source.read_bytes() for path, source in sources.items()}
+    before = plan.before.files.keys() - plan.before.pristine.keys()
+    for path in sorted({*added, *before}):
         _check_added(plan, path)
-        if path in plan.sources:
-            added[path] = plan.sources[path].read_bytes()
-        else:
-            plan.removed.append(path)
-    plan.contents |= added
-    plan.after = Manifest.of(series.identity, added, patched)
+    plan.removed = sorted(before - added.keys())
+    patched = {} if plan.problems else series.apply(pristine)
+    plan.contents = pristine | patched | added
+    plan.after = Manifest.of(
+        patched | added, {path: pristine[path] for path in patched}
+    )
     return plan
 
 
 def _pristine(plan: Plan, path: str, pins: dict[str, str]) -> bytes | None:
     """Return a file's pristine contents; note a problem if they cannot be had."""
     data = _read(plan.site / path)
-    entry = plan.before.patched.get(path)
-    pin = pins.get(path) or (entry.pristine if entry else "")
     if data is None:
         plan.problems.append(f"{path}: missing; reinstall vLLM")
         return None
-    pristine = entry.restore(data) if entry else data
-    if pristine is None or sha256_bytes(pristine) != pin:
+    pristine = plan.before.pristine.get(path, data)
+    ours = data == pristine or sha256_bytes(data) in plan.before.files[path]
+    if not ours or blob_id(pristine) != pins.get(path, blob_id(pristine)):
         plan.problems.append(
-            f"{path}: changed locally or not from the pinned release (sha256 "
-            f"{sha256_bytes(data)}, pristine {pin}); undo the change or reinstall vLLM"
+            f"{path}: changed locally or not from the pinned release (git's id of it "
+            f"is {blob_id(data)}, of the pristine one {pins.get(path)}); undo the "
+            "change or reinstall vLLM"
         )
         return None
     return pristine
@@ -186,13 +184,13 @@ def _check_added(plan: Plan, path: str) -> None:
     target = plan.site / path
     if not _present(target):
         return
-    if path not in plan.before.added:
+    if path not in plan.before.files:
         plan.problems.append(
             f"{path}: exists in the installed vLLM; new files need new paths"
         )
     elif not target.is_symlink():
         data = _read(target)
-        if data is None or sha256_bytes(data) not in plan.before.added[path]:
+        if data is None or sha256_bytes(data) not in plan.before.files[path]:
             plan.problems.append(
                 f"{path}: changed since it was installed; move the change to the "
                 "checkout, delete the file and retry"
@@ -214,21 +212,20 @@ def _carry_out(plan: Plan, link: bool) -> None:
             write_atomically(target, plan.contents[path], mode)
         for stale in (target.parent / "__pycache__").glob(f"{target.stem}.*.pyc"):
             stale.unlink()
-    for path in {*journal.added, *journal.patched}:
+    for path in journal.files:
         temporary_beside(site / path).unlink(missing_ok=True)
     for path in plan.removed:
         _prune(site, (site / path).parent)
-    emptied = not plan.after.added and not plan.after.patched
     final = plan.after.encode()
     if plan.dist_info is not None:
-        own = {} if emptied else {MANIFEST: final}
-        gone = {*plan.removed, *([MANIFEST] if emptied else [])}
+        own = {MANIFEST: final} if plan.after.files else {}
+        gone = {*plan.removed, MANIFEST} - own.keys()
         update_record(plan.dist_info, plan.contents | own, gone)
         temporary_beside(plan.dist_info / "RECORD").unlink(missing_ok=True)
-    if emptied:
-        (site / MANIFEST).unlink()
-    else:
+    if plan.after.files:
         write_atomically(site / MANIFEST, final)
+    else:
+        (site / MANIFEST).unlink()
 
 
 def _prune(site: Path, folder: Path) -> None:

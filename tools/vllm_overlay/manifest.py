@@ -4,36 +4,14 @@
 
 import base64
 import json
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_overlay.common import OverlayError, sha256_bytes, write_atomically
-from vllm_overlay.series import PatchedFile, without_added
 
 MANIFEST = "vllm/_training_overlay.json"
-
-
-@dataclass
-class PatchedEntry:
-    """A patched file: its pristine hash, and by hash where lines were added.
-
-    While an apply is under way there are two states, the old and the new one.
-    """
-
-    pristine: str
-    states: dict[str, tuple[tuple[int, int], ...]]
-
-    def restore(self, data: bytes) -> bytes | None:
-        """Return the pristine contents, or None if the file was changed."""
-        actual = sha256_bytes(data)
-        if actual == self.pristine:
-            return data
-        if actual in self.states:
-            restored = without_added(data, self.states[actual])
-            if sha256_bytes(restored) == self.pristine:
-                return restored
-        return None
 
 
 @dataclass
@@ -41,61 +19,42 @@ class Manifest:
     """What the overlay did to a vLLM.
 
     Attributes:
-        series: The identity of the series.
-        added: The hashes an added file may have, by path.
-        patched: The patched files, by path.
+        files: The hashes that a patched or added file may have, by path. While an
+            apply is under way these are the old and the new one.
+        pristine: The release's contents of the patched ones, by path.
         complete: False while an apply or revert is under way or was interrupted.
     """
 
-    series: str = ""
-    added: dict[str, list[str]] = field(default_factory=dict)
-    patched: dict[str, PatchedEntry] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
+    pristine: dict[str, bytes] = field(default_factory=dict)
     complete: bool = True
 
     @classmethod
     def of(
-        cls,
-        series: str,
-        added: Mapping[str, bytes],
-        patched: Mapping[str, tuple[str, PatchedFile]],
+        cls, files: Mapping[str, bytes], pristine: Mapping[str, bytes]
     ) -> "Manifest":
-        """Describe a finished overlay.
-
-        Args:
-            series: The identity of the series.
-            added: The contents of the added files, by path.
-            patched: The pristine hash and the result, by path.
-        """
-        entries = {
-            path: PatchedEntry(pristine, {sha256_bytes(file.data): file.added})
-            for path, (pristine, file) in patched.items()
-        }
-        hashes = {path: [sha256_bytes(data)] for path, data in added.items()}
-        return cls(series, hashes, entries)
+        """Describe a finished overlay by the contents of its files."""
+        hashes = {path: [sha256_bytes(data)] for path, data in files.items()}
+        return cls(hashes, dict(pristine))
 
     def on_the_way_to(self, other: "Manifest") -> "Manifest":
         """Describe every state between this manifest and another one."""
-        added = {path: list(hashes) for path, hashes in self.added.items()}
-        for path, hashes in other.added.items():
-            added[path] = list(dict.fromkeys([*added.get(path, []), *hashes]))
-        patched = dict(self.patched)
-        for path, entry in other.patched.items():
-            known = patched[path].states if path in patched else {}
-            patched[path] = PatchedEntry(entry.pristine, known | entry.states)
-        return Manifest(other.series, added, patched, complete=False)
+        files = {
+            path: list(
+                dict.fromkeys(self.files.get(path, []) + other.files.get(path, []))
+            )
+            for path in self.files | other.files
+        }
+        return Manifest(files, self.pristine | other.pristine, complete=False)
 
     def encode(self) -> bytes:
         """Return the file contents."""
         document = {
-            "series": self.series,
             "complete": self.complete,
-            "added": self.added,
-            "patched": {
-                path: {
-                    "pristine_sha256": entry.pristine,
-                    "patched_sha256": entry.states,
-                }
-                for path, entry in self.patched.items()
+            "files": self.files,
+            "pristine": {
+                path: base64.b64encode(zlib.compress(data)).decode()
+                for path, data in self.pristine.items()
             },
         }
         return (json.dumps(document, indent=1) + "\n").encode()
@@ -108,22 +67,16 @@ class Manifest:
             return None
         try:
             document = json.loads(path.read_bytes())
-            patched = {
-                name: PatchedEntry(
-                    entry["pristine_sha256"],
-                    {
-                        sha256: tuple((start, count) for start, count in added)
-                        for sha256, added in entry["patched_sha256"].items()
-                    },
-                )
-                for name, entry in document["patched"].items()
+            pristine = {
+                name: zlib.decompress(base64.b64decode(data))
+                for name, data in document["pristine"].items()
             }
-            return cls(
-                document["series"], document["added"], patched, document["complete"]
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            return cls(document["files"], pristine, document["complete"])
+        except (ValueError, KeyError, AttributeError, TypeError, zlib.error) as error:
             raise OverlayError(
-                f"{path} is damaged ({error!r}); reinstall vLLM and apply again"
+                f"{path} is damaged or of another version of this tool ({error!r}); "
+                "reinstall vLLM, or run `overlay.py apply --revert` of the checkout "
+                "that was applied, and apply again"
             ) from error
 
 

@@ -1,131 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The series: the patches in order, and what they make of the pristine files."""
+"""The series: patches in git's format that only add lines to files of the release.
 
+Git parses and applies them. Its `index` lines have the ids of a file before and after
+each patch, so the release is pinned by hash, and so is the result.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_overlay.common import OverlayError, sha256_bytes
-from vllm_overlay.patch import FileDiff, Patch, read_patch
+from vllm_overlay.common import OverlayError, blob_id, bullets, git
+
+FIELDS = ("Subject", "Why", "Why not an extension point", "Unnecessary when")
+# These differ between the CPU and the CUDA release, so no hash can pin them.
+UNPATCHABLE = (
+    "vllm/_version.py",
+    "vllm/platforms/__init__.py",
+    "vllm/utils/cpu_triton_utils.py",
+)
+
+_FILE = re.compile(
+    r"^diff --git a/(vllm/(?!\S*\.\.)\S+) b/\1\n"
+    r"index ([0-9a-f]{40})\.\.([0-9a-f]{40}) 100644\n"
+    r"--- a/\1\n\+\+\+ b/\1\n(?=@@ )",
+    re.MULTILINE,
+)
+_BY_HAND = "; after an edit by hand run `overlay.py edit` and `overlay.py save`"
+_STRAY = re.compile(r"^[^-+ @\\\n]", re.MULTILINE)
+_HUNK = re.compile(r"@@ -\d+(,\d+)? \+\d+(,\d+)? @@")
 
 
 @dataclass(frozen=True)
-class PatchedFile:
-    """A patched file, and how to get the pristine one back.
+class Patch:
+    """One patch of the series.
 
     Attributes:
-        data: The contents.
-        added: The added lines, as (index of the first, count) pairs.
+        path: The patch itself.
+        message: Its subject and reasons, as a commit message.
+        files: The ids of each patched file before and after the patch, by path.
     """
 
-    data: bytes
-    added: tuple[tuple[int, int], ...]
+    path: Path
+    message: str
+    files: Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """The patches of a checkout, in the order in which they apply."""
+    """The patches of a checkout, each made for what the former ones leave."""
 
-    patches: tuple[Patch, ...]
-
-    @property
-    def identity(self) -> str:
-        """A hash that changes with the patches and their order."""
-        lines = [f"{patch.sha256}  {patch.name}" for patch in self.patches]
-        return sha256_bytes("\n".join(lines).encode())
+    patches: tuple[Patch, ...] = ()
 
     def pins(self) -> dict[str, str]:
-        """Return the hash of each pristine file that the series patches."""
-        return {file.path: file.base_sha256 for _, file in self._diffs()}
+        """Return the id of each pristine file that the series patches."""
+        pins: dict[str, str] = {}
+        for patch in self.patches:
+            for path, (before, _) in patch.files.items():
+                pins.setdefault(path, before)
+        return pins
 
-    def apply(self, path: str, pristine: bytes) -> PatchedFile:
-        """Apply the whole series to one pristine file.
+    def apply(self, pristine: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Apply the series in a folder of its own.
 
         Args:
-            path: The file, relative to site-packages.
-            pristine: Its contents in the base release.
+            pristine: The contents of the files in ``pins()`` in the release.
+
+        Returns:
+            The contents of the patched files.
 
         Raises:
-            OverlayError: If the contents are not those the patches were made for.
+            OverlayError: If they are not those that the patches were made for.
         """
-        lines = pristine.decode("utf-8").split("\n")
-        new: dict[int, list[str]] = {}
-        for patch, file in self._diffs(path):
-            if sha256_bytes(pristine) != file.base_sha256:
+        if not self.patches:
+            return {}
+        ids = {path: blob_id(pristine[path]) for path in self.pins()}
+        for patch in self.patches:
+            for path, (before, after) in patch.files.items():
+                if ids[path] != before:
+                    raise OverlayError(
+                        f"{patch.path.name} was made for {before} at {path}, but there "
+                        f"is {ids[path]}; use the release of base.lock{_BY_HAND}"
+                    )
+                ids[path] = after
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder)
+            for path in ids:
+                (tree / path).parent.mkdir(parents=True, exist_ok=True)
+                (tree / path).write_bytes(pristine[path])
+            patches = [patch.path.resolve() for patch in self.patches]
+            git(tree, "apply", "--whitespace=nowarn", *patches)
+            patched = {path: (tree / path).read_bytes() for path in ids}
+        for path, data in patched.items():
+            if blob_id(data) != ids[path]:
                 raise OverlayError(
-                    f"{path} has sha256 {sha256_bytes(pristine)}, but {patch.name} was "
-                    f"made for {file.base_sha256}; use the release of base.lock"
+                    f"{path} is {blob_id(data)} with the patches applied, but the last "
+                    f"one says that it is {ids[path]}{_BY_HAND}"
                 )
-            for index, text in file.context:
-                if index >= len(lines) - 1 or lines[index] != text:
-                    raise OverlayError(
-                        f"{patch.name}: line {index + 1} of {path} is not {text!r}"
-                    )
-            for insertion in file.insertions:
-                if insertion.after >= len(lines):
-                    raise OverlayError(
-                        f"{patch.name}: {path} has no line {insertion.after}"
-                    )
-                new.setdefault(insertion.after, []).extend(insertion.lines)
-        output: list[str] = []
-        added = []
-        for index, line in enumerate(lines):
-            if index in new:
-                added.append((len(output), len(new[index])))
-                output += new[index]
-            output.append(line)
-        return PatchedFile("\n".join(output).encode("utf-8"), tuple(added))
-
-    def _diffs(self, path: str | None = None) -> list[tuple[Patch, FileDiff]]:
-        return [
-            (patch, file)
-            for patch in self.patches
-            for file in patch.files
-            if path is None or file.path == path
-        ]
-
-
-def without_added(data: bytes, added: tuple[tuple[int, int], ...]) -> bytes:
-    """Take the lines that ``PatchedFile.added`` lists out of the contents again."""
-    lines = data.decode("utf-8").split("\n")
-    for start, count in reversed(added):
-        del lines[start : start + count]
-    return "\n".join(lines).encode("utf-8")
-
-
-def series_names(folder: Path) -> list[str]:
-    """Return the patch names that ``series`` in ``folder`` lists, in order."""
-    path = folder / "series"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line.partition("#")[0].strip() for line in text.split("\n")]
-    return [line for line in lines if line]
+        return patched
 
 
 def load_series(folder: Path) -> Series:
-    """Read the series of a checkout.
+    """Read the patches in a folder, in the order of their numbers."""
+    return Series(tuple(read_patch(path) for path in sorted(folder.glob("*.patch"))))
 
-    Args:
-        folder: The ``patches`` folder.
+
+def read_patch(path: Path) -> Patch:
+    """Read a patch and check what can be checked without the files.
 
     Raises:
-        OverlayError: If the series and the patches there do not match, or two
-            patches pin the same file to different hashes.
+        OverlayError: Naming the patch, what is wrong with it and what to do.
     """
-    names = series_names(folder)
-    present = sorted(path.name for path in folder.glob("*.patch"))
-    if sorted(names) != present:
-        odd = sorted(set(names) ^ set(present)) or sorted(names)
+    header, _, _ = (text := path.read_bytes().decode("utf-8")).partition("\ndiff --git")
+    missing = [f for f in FIELDS if not re.search(rf"^{f}: *\S", header, re.MULTILINE)]
+    if missing or not header.startswith("Subject: "):
         raise OverlayError(
-            f"{folder / 'series'} and the patches beside it do not match: "
-            f"{', '.join(odd)}; list every patch once"
+            f"{path.name}: the header lacks {', '.join(missing) or 'a first line'}; a "
+            f"patch states {', '.join(FIELDS)}, one 'Field: text' a paragraph"
         )
-    series = Series(tuple(read_patch(folder / name) for name in names))
-    pins = series.pins()
-    for patch in series.patches:
-        for file in patch.files:
-            if file.base_sha256 != pins[file.path]:
-                raise OverlayError(
-                    f"{patch.name} pins {file.path} to {file.base_sha256}, another "
-                    f"patch pins it to {pins[file.path]}; one release, one hash"
-                )
-    return series
+    diff = text.removeprefix(header).lstrip("\n")
+    files = {match[1]: (match[2], match[3]) for match in _FILE.finditer(diff)}
+    hunks, count = _FILE.subn("", diff)
+    if not files or len(files) != count or _STRAY.search(hunks):
+        raise OverlayError(
+            f"{path.name}: a patch changes existing files below vllm/, each once, with "
+            "full ids in `index` lines and no change of mode; new files are not "
+            "patched in, they belong under the checkout's vllm/"
+        )
+    if excluded := sorted(files.keys() & set(UNPATCHABLE)):
+        raise OverlayError(
+            f"{path.name}: {', '.join(excluded)} differs between the CPU and CUDA "
+            "releases and is never patched; find another place for the change"
+        )
+    lines = hunks.split("\n")
+    if removed := [line for line in lines if line.startswith("-")]:
+        raise OverlayError(
+            f"{path.name}: a patch only adds lines; call new code from an added line "
+            f"instead of changing or removing these:{bullets(removed)}"
+        )
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        if line.startswith("@@") and not _HUNK.fullmatch(line):
+            raise OverlayError(f"{path.name}: {line!r}: remove what follows '@@'")
+        if line.startswith(" ") and "+" not in (before[:1], after[:1]):
+            raise OverlayError(
+                f"{path.name}: {line!r} is beside no added line; make the diff with -U1"
+            )
+    return Patch(path, header.removeprefix("Subject: "), files)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_overlay.base import fetch, load_base
-from vllm_overlay.common import OverlayError, bullets, source_files
+from vllm_overlay.common import OverlayError, blob_id, bullets, source_files
 from vllm_overlay.series import Series, load_series
 
 PRISTINE = "pristine"
@@ -123,16 +123,15 @@ def _add(repository: Path, subject: str, files: dict[str, Path]) -> None:
 
 
 def _commit_series(repository: Path, series: Series) -> None:
-    pristine: dict[str, bytes] = {}
-    for path in series.pins():
+    for path, pin in series.pins().items():
         if not (repository / path).is_file():
             raise OverlayError(f"{path} is patched, but not in vLLM's source tree")
-        pristine[path] = (repository / path).read_bytes()
-    for number, patch in enumerate(series.patches, start=1):
-        so_far = Series(series.patches[:number])
-        for file in patch.files:
-            result = so_far.apply(file.path, pristine[file.path])
-            (repository / file.path).write_bytes(result.data)
+        if (found := blob_id((repository / path).read_bytes())) != pin:
+            raise OverlayError(
+                f"the patches were made for {pin} at {path}, not {found}"
+            )
+    for patch in series.patches:
+        _git(repository, "apply", "--whitespace=nowarn", patch.path.resolve())
         _commit(repository, patch.message)
 
 

@@ -103,14 +103,10 @@ def build_wheel(
         raise OverlayError(
             f"these exist in {base.file}; new files need new paths:{bullets(taken)}"
         )
-    patched = {
-        path: (pin, series.apply(path, wheel.read(path)))
-        for path, pin in sorted(series.pins().items())
-    }
+    pristine = {path: wheel.read(path) for path in series.pins()}
+    patched = series.apply(pristine)
     added = {path: source.read_bytes() for path, source in sources.items()}
-    manifest = Manifest.of(series.identity, added, patched)
-    changed = {path: file.data for path, (_, file) in patched.items()}
-    added[MANIFEST] = manifest.encode()
+    added[MANIFEST] = Manifest.of(patched | added, pristine).encode()
     dist_info = dist_info_files(wheel, base, device)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,9 +118,9 @@ def build_wheel(
             for info in wheel.archive.infolist():
                 if info.filename.partition("/")[0].endswith(".dist-info"):
                     continue
-                if info.filename in changed:
+                if info.filename in patched:
                     mode = info.external_attr >> 16
-                    writer.add(info.filename, changed[info.filename], mode)
+                    writer.add(info.filename, patched[info.filename], mode)
                 else:
                     writer.copy(wheel.archive, info)
             for path, data in {**added, **dist_info}.items():
