@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from vllm.model_executor.checkpoint.files import whole_file
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -39,7 +40,6 @@ from vllm.model_executor.models.generic_transformer import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import batch_invariant
-from vllm.training.files import whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -32,6 +32,10 @@ from torch.distributed.tensor.parallel import (
 )
 from trainer_and_engine import TrainerRanks, positions_of, train_and_serve
 
+from vllm.model_executor.checkpoint.sharding import (
+    ParameterSharding,
+    local_from_full,
+)
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     Gelu,
@@ -41,10 +45,6 @@ from vllm.model_executor.layers.training import (
     TrainableAttention,
     VocabParallelEmbedding,
     token_logprobs,
-)
-from vllm.model_executor.layers.training.sharding import (
-    ParameterSharding,
-    local_from_full,
 )
 from vllm.model_executor.parallel_context import ParallelContext
 

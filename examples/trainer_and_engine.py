@@ -31,8 +31,9 @@ import torch
 from torch import nn
 
 from vllm import training
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.save import save_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.weights import load_checkpoint, save_checkpoint
 
 TP = 2
 FIELDS: dict[str, Any] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from environment import environment
 
-from vllm.training.files import whole_file
+from vllm.model_executor.checkpoint.files import whole_file
 
 
 def write_record(path: Path, device: torch.device, **fields: object) -> None:

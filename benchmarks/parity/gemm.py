@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 from measure import as_graph, medians
 from record import write_record
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.linear import gpu
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.linear import gpu
 
 # By model and layer: N, K.
 LAYERS = {
@@ -110,7 +110,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def _vllm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return upstream.batch_invariant_kernels().matmul_persistent(x, weight.t())
+    return vllm_internals.batch_invariant_kernels().matmul_persistent(x, weight.t())
 
 
 def _ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

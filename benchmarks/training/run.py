@@ -26,7 +26,7 @@ from environment import environment
 from measure import Result
 from record import write_record
 
-from vllm.training.files import whole_file
+from vllm.model_executor.checkpoint.files import whole_file
 
 BENCHMARKS = {
     "attention": attention,

@@ -11,13 +11,13 @@ from tests.models.gpus import MEMORY, skip_without_gpus
 def clean_registry(monkeypatch):
     """What a test registers is forgotten after it."""
     from vllm import ModelRegistry
-    from vllm.model_executor import upstream
+    from vllm.model_executor import vllm_internals
     from vllm.model_executor.models.builder import registration
 
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.setattr(registration, "_targets", {})
     yield
-    upstream.MODEL_ARCH_BY_HASH.clear()
+    vllm_internals.MODEL_ARCH_BY_HASH.clear()
 
 
 @pytest.fixture

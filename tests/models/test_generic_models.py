@@ -106,7 +106,7 @@ class TestGenericModelSupport:
         config = small_config()
         wrapper = GenericTransformerForCausalLMVLLM(config)
         model = GenericTransformerForCausalLM(config)
-        from vllm.training.weights import checkpoint_tensors
+        from vllm.model_executor.checkpoint.save import checkpoint_tensors
 
         loaded = wrapper.load_weights(checkpoint_tensors(model))
         assert loaded == {name for name, _ in wrapper.named_parameters()}

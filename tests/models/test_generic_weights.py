@@ -17,12 +17,12 @@ from tests.models.builder.models import (
     save_generic,
 )
 from vllm import ModelRegistry
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerForCausalLM,
     GenericTransformerForCausalLMVLLM,
 )
-from vllm.training.weights import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], [5, 6] * 20]
 

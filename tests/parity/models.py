@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tests.parity import random_models
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.save import save_checkpoint
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     Gelu,
@@ -29,7 +31,6 @@ from vllm.model_executor.models.generic_transformer import (
     default_positions,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.weights import load_checkpoint, save_checkpoint
 
 MAX_LENGTH = 2048
 

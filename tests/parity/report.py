@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vllm.training.files import whole_file
+from vllm.model_executor.checkpoint.files import whole_file
 
 
 @dataclass(frozen=True)

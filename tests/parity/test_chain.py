@@ -8,7 +8,7 @@ import torch
 from tests.parity import trainer
 from tests.parity.engine import of_completions
 from tests.parity.prompts import LENGTHS, crowd, of_lengths
-from vllm.training.weights import save_checkpoint
+from vllm.model_executor.checkpoint.save import save_checkpoint
 
 
 @pytest.fixture

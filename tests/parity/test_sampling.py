@@ -12,12 +12,12 @@ from tests.parity import trainer
 from tests.parity.engine import of_completions
 from tests.parity.prompts import LENGTHS, of_lengths
 from tests.parity.subjects import SUBJECTS
-from vllm.model_executor.layers.training import full_logprobs, token_logprobs
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+from vllm.model_executor.determinism.log_softmax import (
     log_softmax,
     tempered,
 )
+from vllm.model_executor.determinism.mode import batch_invariant
+from vllm.model_executor.layers.training import full_logprobs, token_logprobs
 from vllm.v1.sample.ops import topk_topp_triton
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.parity.processes import Process
 from vllm import training
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import token_logprobs
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.parallel_context import ParallelContext
 
 # Tokens of one packed forward.

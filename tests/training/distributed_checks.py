@@ -38,14 +38,14 @@ from tests.training.distributed_model import (
     weights,
 )
 from vllm import training
+from vllm.model_executor.checkpoint import files as files_module
+from vllm.model_executor.checkpoint.gather import Gatherer
+from vllm.model_executor.checkpoint.reshard import stored_tensors
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerForCausalLM,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training import checkpoint_files as files_module
-from vllm.training.gather import Gatherer
-from vllm.training.reshard import stored_tensors
-from vllm.training.weights import checkpoint_tensors
 
 FOLDER = Path(os.environ["CHECKS_FOLDER"])
 TIMEOUT = timedelta(seconds=90)

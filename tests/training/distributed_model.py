@@ -9,12 +9,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vllm import training
+from vllm.model_executor.checkpoint.shards import held
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
-from vllm.training.shards import held
 
 VOCAB, BATCH, SEQ = 61, 8, 9
 # On four tensor-parallel ranks two hold each KV head; the vocabulary is padded to 64.

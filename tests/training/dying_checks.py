@@ -17,7 +17,7 @@ import torch
 
 from tests.training.distributed_model import moments, parallelized, train, weights
 from vllm import training
-from vllm.training import reshard
+from vllm.model_executor.checkpoint import reshard
 
 FOLDER = Path(os.environ["CHECKS_FOLDER"])
 RANK, RESTART = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]

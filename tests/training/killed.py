@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from vllm.training import checkpoint_files
+from vllm.model_executor.checkpoint import files as checkpoint_files
 
 
 def killed_at(step, function, *args):

@@ -11,11 +11,11 @@ from torch import nn
 
 from tests.training.killed import killed_at
 from vllm import training
+from vllm.model_executor.checkpoint import files as checkpoint_files
+from vllm.model_executor.checkpoint.files import INDEX_NAME
 from vllm.model_executor.model_loader.weight_utils import (
     filter_duplicate_safetensors_files,
 )
-from vllm.training import checkpoint_files
-from vllm.training.checkpoint_files import INDEX_NAME
 
 SIZES = {"one": 2**30, "three": 1000}
 

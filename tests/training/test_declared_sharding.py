@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.sharding import ParameterSharding
 from vllm.model_executor.layers.training import ColumnParallelLinear
-from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.weights import CheckpointLayout, load_checkpoint
 
 RANK_1_OF_2 = ParallelContext(tp_rank=1, tp_size=2)
 

@@ -11,17 +11,24 @@ import torch
 from torch import nn
 
 from vllm.logprobs import Logprob
+from vllm.model_executor.checkpoint.fingerprint import (
+    differing,
+    fingerprint,
+    row_fingerprints,
+)
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import VLLMFlashAttention
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.models.builder.loader import EngineLoader
+from vllm.model_executor.models.builder.recorder import ModuleRecorder
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
 from vllm.training import parity
-from vllm.training.fingerprint import differing, fingerprint, row_fingerprints
-from vllm.training.parity.localise import ModuleRecorder, first_differing_module
+from vllm.training.parity.localise import first_differing_module
 from vllm.training.parity.score import Scorer
-from vllm.training.weights import CheckpointLayout, EngineLoader, checkpoint_tensors
 
 PROMPT, SAMPLED = [5, 9, 2], [7, 11, 3, 1]
 ON_CUDA = torch.cuda.is_available()
@@ -272,17 +279,18 @@ class WithoutHead(Batched):
 
 def test_a_head_that_is_no_module_is_refused():
     model = WithoutHead().to(DEVICE)
-    with pytest.raises(TypeError, match="WithoutHead is its head.*Compute the logits"):
+    with pytest.raises(TypeError, match="forward did not call the head"):
+        Scorer(model).hidden_states([PROMPT], [[0]])
+    model.to_vocab = nn.Identity()
+    with pytest.raises(ValueError, match="WithoutHead is the head.*Compute the logits"):
         Scorer(model)
-    with pytest.raises(TypeError, match="output of its head 'to_vocab' unchanged"):
-        Scorer(model, head="to_vocab").hidden_states([PROMPT], [[0]])
     with pytest.raises(ValueError, match="names the head 'head', .* no such submodule"):
         Scorer(model, head="head")
 
 
 def test_what_follows_the_head_is_refused():
-    with pytest.raises(TypeError, match="Scaled is its head"):
-        Scorer(Scaled().to(DEVICE))
+    with pytest.raises(TypeError, match="output of its head 'to_vocab' unchanged"):
+        Scorer(Scaled().to(DEVICE)).hidden_states([PROMPT], [[0]])
 
 
 def test_nothing_to_compare(model):

@@ -14,22 +14,23 @@ import torch
 
 from tests.models.gpus import MEMORY
 from vllm import training
+from vllm.model_executor.checkpoint.fingerprint import fingerprint
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
+from vllm.model_executor.determinism import probes
+from vllm.model_executor.layers.training import self_check
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
-from vllm.model_executor.models.builder.spec import BuilderOptions
+from vllm.model_executor.models.builder import worker
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training import parity, worker
-from vllm.training.fingerprint import fingerprint
+from vllm.training import parity
 from vllm.training.parity import refusals
 from vllm.training.parity.__main__ import main
-from vllm.training.weights import checkpoint_tensors
 
 # The package has functions of these names.
 check_module = importlib.import_module("vllm.training.parity.check")
-self_check = importlib.import_module("vllm.training.parity.self_check")
 
 SIZES = {
     "vocab_size": 300,
@@ -213,17 +214,21 @@ def test_a_trainers_head_is_called(engine):
     assert report.weights_compared and report.equal == 0
 
 
-def test_the_builders_options_say_which_head(engine, monkeypatch):
-    from vllm import ModelRegistry
-
-    spec = SimpleNamespace(options=BuilderOptions(head="output"))
-    entry = SimpleNamespace(model_cls=SimpleNamespace(spec=spec))
-    name = "GenericTransformerForCausalLM"
-    monkeypatch.setitem(ModelRegistry.models, name, entry)
+def test_the_engines_head_is_the_trainers(engine, monkeypatch):
+    """Unless the trainer has no module of that path, or another is named."""
+    described = worker.describe
+    for head, found in [("model.layers.0.self_attn.o_proj", False), ("absent", True)]:
+        say = lambda self, head=head: described(self) | {"head": head}  # noqa: E731
+        monkeypatch.setattr(worker, "describe", say)
+        if found:
+            assert parity.check(engine, a_model(), PROMPTS, max_tokens=1).all_equal
+        else:
+            with pytest.raises(TypeError, match="output of its head .*o_proj"):
+                parity.check(engine, a_model(), PROMPTS, max_tokens=1)
+        report = parity.check(engine, a_model(), PROMPTS, max_tokens=1, head="lm_head")
+        assert report.all_equal
     with pytest.raises(ValueError, match="names the head 'output', but the module"):
-        parity.check(engine, a_model(), PROMPTS)
-    report = parity.check(engine, a_model(), PROMPTS, max_tokens=1, head="lm_head")
-    assert report.all_equal
+        parity.check(engine, a_model(), PROMPTS, head="output")
 
 
 BAD_PROMPTS = [
@@ -415,10 +420,10 @@ def test_self_check():
     model = a_model()
     self_check.self_check(model)
     linears = set(self_check.linear_shapes(model))
-    assert self_check.LinearShape(300, 64, DTYPE) in linears
-    assert self_check.LinearShape(64, 64, DTYPE) in linears
+    assert probes.LinearShape(300, 64, DTYPE) in linears
+    assert probes.LinearShape(64, 64, DTYPE) in linears
     halves = set(self_check.linear_shapes(a_model(tp_reduction_shards=2)))
-    assert self_check.LinearShape(64, 32, DTYPE) in halves
+    assert probes.LinearShape(64, 32, DTYPE) in halves
 
 
 def test_an_engine_of_two_ranks_says_how_a_trainer_of_one_is_built(monkeypatch):
@@ -441,13 +446,13 @@ def test_an_engine_of_two_ranks_says_how_a_trainer_of_one_is_built(monkeypatch):
 
 
 def test_self_check_names_the_linear(monkeypatch):
-    original = self_check.linear
+    original = probes.linear
 
     def linear(x, weight, bias):
         return original(x, weight, bias) * (1 if len(x) != 7 else 1.5)
 
-    monkeypatch.setattr(self_check, "linear", linear)
-    shape = self_check.LinearShape(40, 32, DTYPE, True)
+    monkeypatch.setattr(probes, "linear", linear)
+    shape = probes.LinearShape(40, 32, DTYPE, True)
     with pytest.raises(parity.BatchInvarianceError) as error:
         parity.self_check_shapes([shape], [], DEVICE)
     for text in ("[40, 32] and a bias", str(DTYPE), "7 rows", "VLLM_BATCH_INVARIANT"):
@@ -460,7 +465,7 @@ def test_flash_attention_3_is_refused_with_a_window():
         return self_check.AttentionShape(8, 2, 64, torch.bfloat16, spec)
 
     for backend in ("", "FLASH_ATTN"):
-        with pytest.raises(self_check.BatchInvarianceError, match="3 depends on the b"):
+        with pytest.raises(probes.BatchInvarianceError, match="3 depends on the b"):
             self_check.refuse_window(backend, 9, shape(33))
     self_check.refuse_window("FLASH_ATTN", 9, shape(None))
     self_check.refuse_window("FLASH_ATTN", 8, shape(33))

@@ -7,15 +7,15 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from vllm.model_executor.layers.training.sharding import (
+from vllm.model_executor.checkpoint import shards
+from vllm.model_executor.checkpoint.sharding import (
     ParameterSharding,
     ShardPart,
     local_from_full,
     part_slices,
     split_parts,
 )
-from vllm.training import shards
-from vllm.training.shards import PartName, shard_parameter
+from vllm.model_executor.checkpoint.shards import PartName, shard_parameter
 
 QKV = (
     ShardPart("q_proj", "q", 24),

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from vllm import training
-from vllm.training.state_dict_hooks import refuse_changing_hooks
-from vllm.training.weights import checkpoint_tensors
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
+from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
 
 
 def split(module, state, prefix, metadata):

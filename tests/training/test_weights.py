@@ -11,23 +11,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.save import checkpoint_tensors, save_checkpoint
 from vllm.model_executor.layers.training import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
 )
+from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import save_state
-from vllm.training.weights import (
-    CheckpointLayout,
-    EngineLoader,
-    checkpoint_tensors,
-    load_checkpoint,
-    save_checkpoint,
-)
 
 
 def config(**sizes) -> GenericTransformerConfig:

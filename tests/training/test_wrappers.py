@@ -17,12 +17,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from vllm import training
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
+from vllm.model_executor.checkpoint.sharding import ParameterSharding
 from vllm.model_executor.layers.training import ColumnParallelLinear
-from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.models.builder import PipelineLayers
+from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.layout import CheckpointLayout
-from vllm.training.weights import EngineLoader, checkpoint_tensors
 
 
 class Block(nn.Module):

@@ -128,9 +128,9 @@ class ParallelContext:
         Raises:
             RuntimeError: the groups do not exist.
         """
-        from vllm.model_executor import upstream
+        from vllm.model_executor import vllm_internals
 
-        if not upstream.model_parallel_is_initialized():
+        if not vllm_internals.model_parallel_is_initialized():
             raise RuntimeError(
                 "ParallelContext.current() needs vLLM's process groups, and this "
                 "process has none. In a trainer call "
@@ -138,17 +138,17 @@ class ParallelContext:
                 "in a model builder use the parallel_context that the builder "
                 "receives; without parallelism use ParallelContext.single()."
             )
-        world = upstream.get_world_group()
+        world = vllm_internals.get_world_group()
         axes: dict[str, Any] = {}
         for axis, group in (
-            ("tp", upstream.get_tp_group()),
-            ("pp", upstream.get_pp_group()),
-            ("dp", upstream.get_dp_group()),
+            ("tp", vllm_internals.get_tp_group()),
+            ("pp", vllm_internals.get_pp_group()),
+            ("dp", vllm_internals.get_dp_group()),
         ):
             axes[f"{axis}_rank"] = group.rank_in_group
             axes[f"{axis}_size"] = group.world_size
             axes[f"{axis}_group"] = group.device_group if world.world_size > 1 else None
-        config = upstream.get_current_vllm_config_or_none()
+        config = vllm_internals.get_current_vllm_config_or_none()
         additional = {} if config is None else config.additional_config
         if isinstance(additional, dict) and "tp_reduction_shards" in additional:
             axes["tp_reduction_shards"] = additional["tp_reduction_shards"]
@@ -166,9 +166,9 @@ class ParallelContext:
 
         This is what a layer uses that was given no context.
         """
-        from vllm.model_executor import upstream
+        from vllm.model_executor import vllm_internals
 
-        if upstream.model_parallel_is_initialized():
+        if vllm_internals.model_parallel_is_initialized():
             return cls.current()
         return cls.single()
 

@@ -5,15 +5,18 @@
 import importlib
 from typing import Any
 
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
+from vllm.model_executor.checkpoint.layout import sharding
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.save import checkpoint_tensors, save_checkpoint
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.training.gradients import clip_grad_norm_
 from vllm.training.parallel import destroy_parallel, initialize_parallel
 from vllm.training.state import load_state, save_state
-from vllm.training.weights import load_checkpoint, save_checkpoint, sharding
 
 __all__ = [
     "batch_invariant",
     "check_servable",
+    "checkpoint_tensors",
     "clip_grad_norm_",
     "destroy_parallel",
     "initialize_parallel",

@@ -11,9 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vllm.model_executor.checkpoint.layout import CheckpointLayout, tensors_of
+from vllm.model_executor.checkpoint.shards import (
+    ShardedParameter,
+    held,
+    sharded_mesh_dims,
+)
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.layout import CheckpointLayout, tensors_of
-from vllm.training.shards import ShardedParameter, held, sharded_mesh_dims
 
 
 @torch.no_grad()

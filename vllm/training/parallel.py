@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from vllm.logger import init_logger
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.parallel_context import ParallelContext
 
 logger = init_logger(__name__)
@@ -77,7 +77,7 @@ def initialize_parallel(
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} must be an integer of at least 1.")
     _check_timeout(timeout)
-    if upstream.model_parallel_is_initialized():
+    if vllm_internals.model_parallel_is_initialized():
         return _existing(tensor_parallel_size, pipeline_parallel_size)
 
     launch = _read_launch()
@@ -90,7 +90,7 @@ def initialize_parallel(
             f"multiple of {model_size} processes, e.g. torchrun --nproc-per-node "
             f"{model_size}, or choose smaller sizes."
         )
-    platform = upstream.current_platform
+    platform = vllm_internals.current_platform
     backend = backend or platform.dist_backend
     if platform.is_cuda_alike():
         torch.cuda.set_device(launch.local_rank)
@@ -110,8 +110,8 @@ def destroy_parallel() -> None:
     Contexts and layers made from it can no longer communicate. Does nothing where
     there are no groups.
     """
-    upstream.destroy_model_parallel()
-    upstream.destroy_distributed_environment()
+    vllm_internals.destroy_model_parallel()
+    vllm_internals.destroy_distributed_environment()
 
 
 def _existing(
@@ -204,13 +204,13 @@ def _start_vllm_groups(
     pp_size: int,
     timeout: timedelta | None,
 ) -> None:
-    config = upstream.VllmConfig()
+    config = vllm_internals.VllmConfig()
     if timeout is not None:
         seconds = int(timeout.total_seconds())
         config.parallel_config.distributed_timeout_seconds = seconds
         config.parallel_config.cpu_distributed_timeout_seconds = seconds
-    with upstream.set_current_vllm_config(config):
-        upstream.init_distributed_environment(
+    with vllm_internals.set_current_vllm_config(config):
+        vllm_internals.init_distributed_environment(
             world_size=launch.world_size,
             rank=launch.rank,
             distributed_init_method="env://",
@@ -225,7 +225,7 @@ def _start_vllm_groups(
         config.parallel_config.data_parallel_size = launch.world_size // (
             tp_size * pp_size
         )
-        upstream.initialize_model_parallel(tp_size, pp_size, backend=backend)
+        vllm_internals.initialize_model_parallel(tp_size, pp_size, backend=backend)
 
 
 @contextmanager

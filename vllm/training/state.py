@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Saving a trainer's state and resuming it under another sharding and world size.
 
-The directory is a DCP checkpoint of whole tensors under the names of
-`vllm.training.layout`: `model.NAME`, and `optimizer.KEY.NAME` for what the optimizer
-keeps of a parameter's shape. Beside it `optimizer.pt` has the rest of the optimizer's
+The directory is a DCP checkpoint of whole tensors under the names of a checkpoint's
+layout: `model.NAME`, and `optimizer.KEY.NAME` for what the optimizer keeps of a
+parameter's shape. Beside it `optimizer.pt` has the rest of the optimizer's
 state, by parameter, and the list of files.
 """
 
@@ -24,23 +24,23 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from vllm.training.files import whole_file
-from vllm.training.layout import (
+from vllm.model_executor.checkpoint.files import whole_file
+from vllm.model_executor.checkpoint.layout import (
     CheckpointLayout,
     refuse_meta,
     refuse_misfit,
     tensors_of,
 )
-from vllm.training.ranks import on_all_ranks, on_rank_0
-from vllm.training.reshard import (
+from vllm.model_executor.checkpoint.ranks import on_all_ranks, on_rank_0
+from vllm.model_executor.checkpoint.reshard import (
     Piece,
     pieces_of,
     read_pieces,
     stored_tensors,
     write_pieces,
 )
-from vllm.training.shards import ShardedParameter, held
-from vllm.training.state_dict_hooks import refuse_extra_state
+from vllm.model_executor.checkpoint.shards import ShardedParameter, held
+from vllm.model_executor.checkpoint.state_dict_hooks import refuse_extra_state
 
 RECORD_NAME = "optimizer.pt"
 

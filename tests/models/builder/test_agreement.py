@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from vllm.model_executor.checkpoint.layout import CheckpointLayout, LayoutCheck
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     TrainableAttention,
 )
 from vllm.model_executor.models.builder import agreement
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.layout import CheckpointLayout, LayoutCheck
 
 
 def compare(monkeypatch, mine, tp=(), pp=()):

@@ -99,14 +99,14 @@ SIZES = (10, 4)
 def test_the_head_is_found():
     head = nn.Linear(4, 10)
     named = nn.ModuleDict({"lm_head": head, "other": nn.Linear(4, 10)})
-    assert find_head(named, None, SIZES, "b") == "lm_head"
+    assert find_head(named, None, "b", SIZES) == "lm_head"
     by_shape = nn.ModuleDict(
         {"tokens": nn.Embedding(10, 4), "mid": nn.Linear(4, 4), "out": head}
     )
-    assert find_head(by_shape, None, SIZES, "b") == "out"
-    assert find_head(named, "other", SIZES, "b") == "other"
+    assert find_head(by_shape, None, "b", SIZES) == "out"
+    assert find_head(named, "other", "b", SIZES) == "other"
     below = nn.ModuleDict({"model": named, "other": nn.Linear(4, 10)})
-    assert find_head(below, None, SIZES, "b") == "model.lm_head"
+    assert find_head(below, None, "b", SIZES) == "model.lm_head"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -118,20 +118,20 @@ def test_the_head_is_found_among_parallel_layers(tp_size):
             "out": ParallelLMHead(10, 4, parallel_context=context),
         }
     )
-    assert find_head(layers, None, SIZES, "b") == "out"
+    assert find_head(layers, None, "b", SIZES) == "out"
     del layers["out"]
     with pytest.raises(ValueError, match="none have a weight of shape"):
-        find_head(layers, None, SIZES, "b")
+        find_head(layers, None, "b", SIZES)
 
 
 def test_the_head_is_ambiguous_or_missing():
     two = nn.ModuleDict({"x": nn.Linear(4, 10), "y": nn.Linear(4, 10)})
     with pytest.raises(ValueError, match=r"\['x', 'y'\].*model_builder\(head="):
-        find_head(two, None, SIZES, "b")
+        find_head(two, None, "b", SIZES)
     with pytest.raises(ValueError, match="none have a weight of shape"):
         find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, SIZES, "b")
     with pytest.raises(ValueError, match="no such submodule; it has x, y"):
-        find_head(two, "head", SIZES, "b")
+        find_head(two, "head", "b", SIZES)
 
 
 def test_the_layout_follows_the_signature():

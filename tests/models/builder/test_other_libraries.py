@@ -21,7 +21,7 @@ from tests.models.builder.models import (
     save_plain,
 )
 from vllm import ModelRegistry
-from vllm.training.weights import checkpoint_tensors
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], list(range(20, 60))]
 

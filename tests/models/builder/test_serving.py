@@ -27,9 +27,9 @@ from tests.models.builder.models import (
 )
 from vllm import ModelRegistry
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.models.builder.head import HeadTap
-from vllm.training.weights import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
 

@@ -21,7 +21,7 @@ from tests.models.builder.models import (
 )
 from tests.models.gpus import MEMORY, skip_without_gpus
 from vllm import ModelRegistry
-from vllm.training.weights import checkpoint_tensors
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
 ENGINE_TITLES = ("VLLM::", "vllm_Worker", "RayWorkerProc", "multiprocessing.spawn")

@@ -14,7 +14,7 @@ is. Called by the engine; the trainer calls the same functions.
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ def pack_linear(layer: Any, remove_weight: bool) -> None:
         NotImplementedError: a weight that is not a matrix, as of convolutions and
             mixtures of experts.
     """
-    from vllm.model_executor.layers.training.ops.linear.cpu import PackedWeight
+    from vllm.model_executor.determinism.linear.cpu import PackedWeight
 
     weight = layer.weight
     if weight.is_meta:
@@ -60,76 +60,7 @@ def all_reduce(communicator: Any, input_: torch.Tensor) -> torch.Tensor:
         communicator: vLLM's communicator of the group.
         input_: any shape, floating point, of this rank.
     """
-    from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
+    from vllm.model_executor.determinism.ordered_sum import ordered_sum
 
     gathered = communicator.all_gather(input_.contiguous().view(1, -1), dim=0)
     return input_.copy_(ordered_sum(gathered).view(input_.shape))
-
-
-# Of queries times heads of one KV head, in the kernel.
-ROWS_OF_A_TILE = 8
-
-
-class Pieces(NamedTuple):
-    """Requests cut into pieces, which the attention kernel takes for requests.
-
-    Attributes:
-        num_reqs: number of pieces.
-        query_start_loc: shape = [num_reqs + 1], int32
-        seq_lens: tokens up to a piece's last, shape = [num_reqs], int32
-        block_table: shape = [num_reqs, max_blocks], int32
-        max_query_len: tokens of the longest piece.
-    """
-
-    num_reqs: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    max_query_len: int
-
-
-def cut_requests(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    causal: bool | torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Pieces:
-    """Cut requests into pieces that the kernel computes as it computes a decode step.
-
-    The kernel's tile of keys, which decides the order of its sums, depends on its
-    number of query rows, a token's heads of one KV head being rows of their own.
-
-    Args:
-        query_start_loc: shape = [num_reqs + 1], int32
-        seq_lens: tokens in the cache after this step, shape = [num_reqs], int32
-        block_table: shape = [num_reqs, max_blocks], int32
-        causal: whether attention is.
-        num_heads: query heads.
-        num_kv_heads: key/value heads.
-
-    Raises:
-        NotImplementedError: attention that is not causal.
-    """
-    if causal is not True:
-        raise NotImplementedError(
-            "VLLM_BATCH_INVARIANT=1 on CPU has causal attention only; this layer's is "
-            "not. Unset VLLM_BATCH_INVARIANT."
-        )
-    rows, rest = divmod(ROWS_OF_A_TILE, num_heads // num_kv_heads)
-    longest = ROWS_OF_A_TILE if rest or not rows else rows
-    lengths = query_start_loc.diff()
-    counts = (lengths + (longest - 1)) // longest
-    request = torch.arange(len(lengths)).repeat_interleave(counts)
-    number = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
-    stops = query_start_loc[1:][request]
-    starts = query_start_loc[:-1][request] + number * longest
-    ends = torch.minimum(starts + longest, stops)
-    return Pieces(
-        num_reqs=len(request),
-        query_start_loc=torch.cat([query_start_loc[:1], ends]).int(),
-        seq_lens=(seq_lens[request] - (stops - ends)).int(),
-        block_table=block_table[request],
-        max_query_len=longest,
-    )

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.files import whole_file
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.load import load_checkpoint
+from vllm.model_executor.checkpoint.ranks import on_rank_0
+from vllm.model_executor.checkpoint.save import save_checkpoint
 from vllm.model_executor.layers.training import (
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -36,18 +41,11 @@ from vllm.model_executor.models.builder import PipelineLayers, model_builder
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.config import tie_as_configured
+from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.generic_transformer_config import (
     GenericTransformerConfig,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.files import whole_file
-from vllm.training.ranks import on_rank_0
-from vllm.training.weights import (
-    CheckpointLayout,
-    EngineLoader,
-    load_checkpoint,
-    save_checkpoint,
-)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -376,7 +374,9 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
             model_config = vllm_config.model_config
             layout = compare_ranks(self, layout, type(self).__name__)
             bind_engine_layers(self, vllm_config, prefix, head="lm_head")
-            self.logits_processor = upstream.LogitsProcessor(built.config.vocab_size)
+            self.logits_processor = vllm_internals.LogitsProcessor(
+                built.config.vocab_size
+            )
         self.loader = EngineLoader(self, layout, model_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -408,7 +408,7 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
             inputs_embeds = intermediate_tensors["hidden_states"]
         hidden_states = self.model(input_ids, positions, hidden_states=inputs_embeds)
         if self.lm_head is None:
-            return upstream.IntermediateTensors({"hidden_states": hidden_states})
+            return vllm_internals.IntermediateTensors({"hidden_states": hidden_states})
         return hidden_states
 
     def make_empty_intermediate_tensors(
@@ -416,12 +416,12 @@ class GenericTransformerForCausalLMVLLM(nn.Module):
     ) -> Any:
         """What the pipeline stage before this one sends, as zeros."""
         zeros = torch.zeros(batch_size, self.hidden_size, dtype=dtype, device=device)
-        return upstream.IntermediateTensors({"hidden_states": zeros})
+        return vllm_internals.IntermediateTensors({"hidden_states": zeros})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits, shape = [num_tokens, vocab_size]."""
         assert self.lm_head is not None, "only the last stage samples"
-        if isinstance(self.lm_head, upstream.ParallelLMHead):
+        if isinstance(self.lm_head, vllm_internals.ParallelLMHead):
             return self.logits_processor(self.lm_head, hidden_states)
         return self.lm_head(hidden_states)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vllm.model_executor.models.builder.config import check_sizes
+from vllm.model_executor.models.config_sizes import check_sizes
 
 
 class GenericTransformerConfig(PreTrainedConfig):

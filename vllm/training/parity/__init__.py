@@ -6,16 +6,16 @@ report = parity.check(llm, model, prompts)
 report.raise_if_different()
 """
 
-from vllm.training.parity.check import check
-from vllm.training.parity.compare import compare
-from vllm.training.parity.report import Difference, ParityError, ParityReport
-from vllm.training.parity.self_check import (
+from vllm.model_executor.layers.training.self_check import (
     AttentionShape,
     BatchInvarianceError,
     LinearShape,
     self_check,
     self_check_shapes,
 )
+from vllm.training.parity.check import check
+from vllm.training.parity.compare import compare
+from vllm.training.parity.report import Difference, ParityError, ParityReport
 
 __all__ = [
     "AttentionShape",

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from vllm import LLM, ModelRegistry
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.files import whole_file
+from vllm.model_executor.checkpoint.load import load_checkpoint
 from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.files import whole_file
 from vllm.training.parity import ParityReport, check, self_check
-from vllm.training.weights import load_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -79,7 +79,7 @@ def start_engine(args: argparse.Namespace) -> LLM:
     for arch in fields["architectures"]:
         ModelRegistry.register_model(arch, args.builder)
     options: dict[str, Any] = {"max_logprobs": -1} if args.full_vocab else {}
-    if upstream.current_platform.is_cuda():
+    if vllm_internals.current_platform.is_cuda():
         options["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
     return LLM(
         str(args.model_dir),
@@ -97,7 +97,7 @@ def build_trainer(args: argparse.Namespace, llm: LLM) -> nn.Module:
     module, _, name = args.builder.partition(":")
     spec = BuilderSpec.of(attrgetter(name)(importlib.import_module(module)))
     config = llm.llm_engine.vllm_config
-    device = torch.device(upstream.current_platform.device_type)
+    device = torch.device(vllm_internals.current_platform.device_type)
     available = {
         "vllm_config": config,
         "config": config.model_config.hf_config,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vllm.model_executor.models.builder.spec import BuilderOptions
+from vllm.model_executor.models.builder.recorder import ModuleRecorder
 from vllm.training.parity.compare import compare_with
-from vllm.training.parity.localise import ModuleRecorder, first_differing_module
+from vllm.training.parity.localise import first_differing_module
 from vllm.training.parity.prompts import Prompts, engine_prompts
 from vllm.training.parity.refusals import refuse_incomparable
 from vllm.training.parity.report import ParityReport
@@ -48,27 +48,32 @@ def check(
             engine needs max_logprobs=-1.
         localise: if tokens differ, run the first of them again, as a prefill, and name
             the first module whose output differs. For eager engines.
-        head: path of the module in the trainer that gives logits. Default: what the
-            engine's builder was told by `@model_builder(head=...)`, else `lm_head`,
-            else the module whose output the model returns.
+        head: path of the module in the trainer that gives logits. Default: that of the
+            engine's module if the trainer's has it, else as `@model_builder` finds it.
 
     Raises:
         TypeError: llm is no `vllm.LLM`, model no module, or a prompt neither text nor
-            token ids; or the trainer's head is not found, or its output changed.
+            token ids; or the trainer changes its head's output.
         ValueError: trainer and engine cannot be equal, with every reason and the
             setting to change, or there is nothing to compare.
     """
     known = refuse_incomparable(llm, model, full_vocab, localise)
     inputs = engine_prompts(llm, prompts)
-    options = _builder_options(llm)
-    scorer = Scorer(model, options.batched, head or options.head)
+    if head is None and known.head in dict(model.named_modules()):
+        head = known.head
+    scorer = Scorer(model, known.batched, head)
     params = _sampling(max_tokens, temperature, full_vocab)
     outputs = llm.generate(inputs, params, use_tqdm=False)
     processed = llm.llm_engine.vllm_config.model_config.logprobs_mode != "raw_logprobs"
     # Greedy sampling does not divide by its temperature, 0. vLLM raises a tiny one.
     scoring_temperature = params.temperature if processed and temperature else 1.0
     report = compare_with(scorer, outputs, full_vocab, scoring_temperature)
-    report = replace(report, weights_compared=not known.weights_note, **known._asdict())
+    report = replace(
+        report,
+        weights_compared=not known.weights_note,
+        weights_note=known.weights_note,
+        next_step=known.next_step,
+    )
     if localise and report.first_difference is not None:
         report = report.with_layer(_find_layer(llm, scorer, outputs, report))
     return report
@@ -112,15 +117,3 @@ def _find_layer(
         trainer = recorder.finish()
     engine = [entry for stage in stages for entry in stage]
     return first_differing_module(engine, trainer)
-
-
-def _builder_options(llm: LLM) -> BuilderOptions:
-    """The options that the builder of the engine's model was given."""
-    from vllm import ModelRegistry
-
-    for arch in llm.llm_engine.vllm_config.model_config.architectures:
-        cls = getattr(ModelRegistry.models.get(arch), "model_cls", None)
-        spec = getattr(cls, "spec", None)
-        if spec is not None:
-            return spec.options
-    return BuilderOptions()

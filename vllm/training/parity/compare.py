@@ -75,12 +75,13 @@ def compare(
             engine was started with logprobs_mode="processed_logprobs"; there that of
             the sampling, which must not use top_k, top_p, min_p, penalties or biases.
         batched: whether the model wants `[batch, seq]`; see `BuilderOptions.batched`.
-        head: path of the module that gives logits. Default: `lm_head`, else the module
-            whose output the model returns.
+        head: path of the module that gives logits. Default: `lm_head`, else the only
+            module, except for embeddings, with a weight of the embedding's shape.
 
     Raises:
-        ValueError: there is no token to compare, or outputs lack their logprobs.
-        TypeError: a model whose head cannot be found, or that changes its output.
+        ValueError: there is no token to compare, outputs lack their logprobs, or the
+            model's head cannot be found.
+        TypeError: the model changes the output of its head.
     """
     return compare_with(Scorer(model, batched, head), outputs, full_vocab, temperature)
 

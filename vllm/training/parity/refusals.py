@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vllm.model_executor.checkpoint.fingerprint import fingerprint
+from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.linear import RowParallelLinear
@@ -20,8 +22,6 @@ from vllm.model_executor.layers.training.ops.attention.table import (
     default_for,
     used_features,
 )
-from vllm.training.fingerprint import fingerprint
-from vllm.training.weights import checkpoint_tensors
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -45,10 +45,14 @@ class Comparable(NamedTuple):
         weights_note: why the weights of both are not known to be the same; empty if
             they are.
         next_step: what to look at if their tokens differ all the same.
+        head: path of the head in the engine; None if the engine does not know it.
+        batched: whether the engine calls its module with [batch, seq]; None likewise.
     """
 
     weights_note: str
     next_step: str
+    head: str | None
+    batched: bool | None
 
 
 def refuse_incomparable(
@@ -84,7 +88,8 @@ def refuse_incomparable(
     if reasons:
         listing = "".join(f"\n- {reason}" for reason in reasons)
         raise ValueError(f"Trainer and engine cannot be compared bit for bit:{listing}")
-    return Comparable(note, _next_step(model, engine, localise))
+    step = _next_step(model, engine, localise)
+    return Comparable(note, step, engine["head"], engine["batched"])
 
 
 def _check_kinds(llm: Any, model: Any) -> None:
@@ -119,6 +124,7 @@ def _as_a_whole(workers: list[dict[str, Any]]) -> dict[str, Any]:
         "batch_invariant": all(worker["batch_invariant"] for worker in workers),
         "attention": sorted(attention),
         "weights": None,
+        "head": next((w["head"] for w in workers if w["head"] is not None), None),
     }
 
 

@@ -11,9 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
-from vllm.model_executor.models.builder.head import HeadTap, named_head
+from vllm.model_executor.models.builder.head import HeadTap, find_head
+from vllm.model_executor.models.builder.interface import (
+    call_module,
+    check_head_output,
+    is_batched,
+)
 
 # Tokens of one packed forward. More would be no faster.
 PACK = 16384
@@ -37,19 +42,13 @@ class Scorer:
         self, model: nn.Module, batched: bool | None = None, head: str | None = None
     ) -> None:
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        self.packed = "cu_seqlens" in parameters
-        self.batched = not self.packed if batched is None else batched
+        self.packed = "cu_seqlens" in inspect.signature(model.forward).parameters
+        self.batched = is_batched(model, batched, "the trainer")
         parameter = next(model.parameters(), None)
         if parameter is None:
             raise ValueError(f"{type(model).__name__} has no parameters to compare.")
         self.device = parameter.device
-        by_name = named_head(model, head, "parity")
-        if len(by_name) == 1:
-            self.head_path = by_name[0]
-        else:
-            with _scoring(model):
-                self.head_path = self._find_head()
+        self.head_path = find_head(model, head, "parity")
 
     @property
     def head(self) -> nn.Module:
@@ -73,13 +72,7 @@ class Scorer:
         with _scoring(self.model), HeadTap(self.head).installed() as tap:
             for pack in self._packs(sequences):
                 output = self._forward(pack)
-                if output is not tap.hidden_states:
-                    raise TypeError(
-                        f"forward of {type(self.model).__name__} does not return the "
-                        f"output of its head {self.head_path!r} unchanged, so its "
-                        "logprobs are not those of the head. Move what follows the "
-                        "head into the head module."
-                    )
+                check_head_output(output, tap, self.head_path, "the trainer")
                 rows = output.reshape(-1, output.shape[-1])
                 for states in rows.split([len(sequence) for sequence in pack]):
                     found.append(states[torch.tensor(list(next(chosen)))])
@@ -118,57 +111,11 @@ class Scorer:
         lengths = [len(sequence) for sequence in pack]
         ids = torch.tensor([i for each in pack for i in each], device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        if self.packed:
-            bounds = torch.tensor([0, *lengths], device=self.device)
-            cu_seqlens = bounds.cumsum(0, dtype=torch.int32)
-            return self.model(ids, positions, cu_seqlens=cu_seqlens)
-        if self.batched:
-            ids, positions = ids[None], positions[None]
-        return self.model(ids, positions)
-
-    def _find_head(self) -> str:
-        """The innermost module that turns hidden states into what the model returns.
-
-        Raises:
-            TypeError: there is none.
-        """
-        calls: list[tuple[str, object]] = []
-
-        def note(path: str, args: tuple, kwargs: dict, output: object) -> None:
-            inputs = (*args, *kwargs.values())
-            if len(inputs) == 1 and _is_floating(inputs[0]):
-                calls.append((path, output))
-
-        handles = [
-            module.register_forward_hook(
-                lambda _, args, kwargs, output, path=path: note(
-                    path, args, kwargs, output
-                ),
-                with_kwargs=True,
-            )
-            for path, module in self.model.named_modules()
-            if path
-        ]
-        try:
-            logits = self._forward([[0, 0]])
-        finally:
-            for handle in handles:
-                handle.remove()
-        for path, output in calls:
-            if output is logits:
-                return path
-        raise TypeError(
-            f"Cannot tell which submodule of {type(self.model).__name__} is its head: "
-            "no submodule is called 'lm_head', or several are, and what the model "
-            "returns is not the unchanged output of a module that takes hidden states. "
-            "Compute the logits in a module, also where it uses the embedding's weight "
-            "or scales and caps them, and call it 'lm_head' or give its path, "
-            "head='path'."
-        )
-
-
-def _is_floating(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+        if not self.packed:
+            return call_module(self.model, self.batched, ids, positions)
+        bounds = torch.tensor([0, *lengths], device=self.device)
+        cu_seqlens = bounds.cumsum(0, dtype=torch.int32)
+        return self.model(ids, positions, cu_seqlens=cu_seqlens)
 
 
 @contextmanager

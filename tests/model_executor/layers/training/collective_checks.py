@@ -14,7 +14,7 @@ from tests.model_executor.layers.training.parallel_model import (
     TOKENS,
     engine_step,
 )
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -290,7 +290,7 @@ def test_the_weights_gradient_is_computed_meanwhile(
 def calls(monkeypatch, vllm_groups):
     """Names of the engine's collectives that are called."""
     names = []
-    coordinator = upstream.get_tp_group()
+    coordinator = vllm_internals.get_tp_group()
     for name in ("all_reduce", "all_gather", "reduce_scatter"):
         original = getattr(coordinator, name)
 
@@ -314,7 +314,7 @@ def has_pynccl(context):
     """Whether vLLM's binding of NCCL found a library that has what it calls."""
     if context.device.type == "cpu":
         return True
-    return not upstream.get_tp_group().device_communicator.pynccl_comm.disabled
+    return not vllm_internals.get_tp_group().device_communicator.pynccl_comm.disabled
 
 
 @pytest.mark.parametrize("name", ENGINE_CALLS)

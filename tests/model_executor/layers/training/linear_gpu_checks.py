@@ -22,9 +22,9 @@ if not IS_CUDA:
     vllm.triton_utils.triton = triton
     vllm.triton_utils.tl = triton.language
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.linear import gpu, triton_kernels
-from vllm.model_executor.layers.training.ops.linear.triton_kernels import Tiles
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.linear import gpu, triton_kernels
+from vllm.model_executor.determinism.linear.triton_kernels import Tiles
 
 DEVICE = "cuda" if IS_CUDA else "cpu"
 # The interpreter multiplies bf16 matrices as integers.
@@ -65,7 +65,7 @@ def gpu_to_interpret(monkeypatch):
     """What launchers ask of a GPU."""
     if IS_CUDA:
         return
-    kernels = upstream.batch_invariant_kernels()
+    kernels = vllm_internals.batch_invariant_kernels()
     monkeypatch.setattr(kernels, "num_compute_units", lambda index: 3)
     monkeypatch.setattr(triton_kernels, "has_large_shared_memory", lambda device: True)
 
@@ -142,7 +142,7 @@ def test_bits_are_those_of_vllm(layer, dtype, assert_equal):
     weight = numbers(out_features, in_features, dtype=dtype)
     bias = numbers(out_features, dtype=dtype) if with_bias else None
     x = numbers(max(ROWS), in_features, dtype=dtype)
-    matmul = upstream.batch_invariant_kernels().matmul_persistent
+    matmul = vllm_internals.batch_invariant_kernels().matmul_persistent
     expected = matmul(x, weight.t(), bias)
     for num_rows in ROWS:
         output = gpu.in_order_linear(x[:num_rows], weight, bias)

@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.checkpoint.sharding import local_from_full
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     GatherSequence,
@@ -25,7 +26,6 @@ from vllm.model_executor.layers.training import (
     VocabParallelEmbedding,
     token_logprobs,
 )
-from vllm.model_executor.layers.training.sharding import local_from_full
 
 # Padded to 128: of four ranks the last has padding alone.
 VOCAB, HIDDEN, TOKENS = 90, 32, 24

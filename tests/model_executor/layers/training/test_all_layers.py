@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
@@ -38,7 +39,6 @@ from vllm.model_executor.layers.training import (
     full_logprobs,
     token_logprobs,
 )
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )

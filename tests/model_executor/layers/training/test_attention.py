@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training import TrainableAttention
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
@@ -361,7 +361,7 @@ def test_what_an_engines_backend_lacks_is_refused(
     made.attn_backend = Mock(**{"get_name.return_value": backend})
     made.impl = SimpleNamespace(vllm_flash_attn_version=3)
     engine = Mock(return_value=made)
-    monkeypatch.setattr(upstream, "Attention", engine)
+    monkeypatch.setattr(vllm_internals, "Attention", engine)
     layer = attend(**features)
     if message is None:
         assert layer.bind_engine(Mock(), "a.b") is layer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.model_executor.layers.training.ops import library
+from vllm.model_executor import op_library as library
 
 OPS = getattr(torch.ops, library.NAMESPACE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

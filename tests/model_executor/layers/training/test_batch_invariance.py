@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vllm.model_executor.determinism.batch_invariant_cpu import cut_requests
+from vllm.model_executor.determinism.linear.op import linear
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.ordered_sum import ordered_sum
+from vllm.model_executor.determinism.query_lengths import cut_requests
 from vllm.model_executor.layers.training import (
     TrainableAttention,
     full_logprobs,
     token_logprobs,
 )
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.ops.linear.op import linear
-from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,

@@ -11,7 +11,7 @@ from torch import nn
 from vllm import training
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.ir.op import enable_torch_wrap
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     Gelu,
@@ -30,12 +30,12 @@ from vllm.model_executor.layers.training import (
 )
 
 LINEARS = {
-    upstream.ColumnParallelLinear: lambda: ColumnParallelLinear(12, 8),
-    upstream.RowParallelLinear: lambda: RowParallelLinear(12, 8, bias=False),
-    upstream.MergedColumnParallelLinear: lambda: MergedColumnParallelLinear(
+    vllm_internals.ColumnParallelLinear: lambda: ColumnParallelLinear(12, 8),
+    vllm_internals.RowParallelLinear: lambda: RowParallelLinear(12, 8, bias=False),
+    vllm_internals.MergedColumnParallelLinear: lambda: MergedColumnParallelLinear(
         12, [8, 4], return_bias=True
     ),
-    upstream.QKVParallelLinear: lambda: QKVParallelLinear(12, 4, 4, 2),
+    vllm_internals.QKVParallelLinear: lambda: QKVParallelLinear(12, 4, 4, 2),
 }
 
 
@@ -70,7 +70,7 @@ def test_linears_become_vllms(kind, vllm_config):
 def test_embedding_and_head_become_vllms(vllm_config):
     embedding = VocabParallelEmbedding(100, 12)
     engine = embedding.bind_engine(vllm_config, "embed_tokens")
-    assert type(engine) is upstream.VocabParallelEmbedding
+    assert type(engine) is vllm_internals.VocabParallelEmbedding
     engine.weight.weight_loader(engine.weight, embedding.weight.detach())
     ids = torch.randint(100, (7,))
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def test_embedding_and_head_become_vllms(vllm_config):
 
     head = ParallelLMHead(100, 12, True)
     engine = head.bind_engine(vllm_config, "lm_head")
-    assert type(engine) is upstream.ParallelLMHead
+    assert type(engine) is vllm_internals.ParallelLMHead
     for name, parameter in head.named_parameters():
         target = engine.get_parameter(name)
         target.weight_loader(target, parameter.detach())
@@ -113,8 +113,8 @@ def test_norms_become_vllms_ops(with_residual, shape, vllm_config):
 
 
 GATED = {
-    upstream.SiluAndMul: SiluAndMul(),
-    upstream.GeluAndMul: GeluAndMul("tanh"),
+    vllm_internals.SiluAndMul: SiluAndMul(),
+    vllm_internals.GeluAndMul: GeluAndMul("tanh"),
 }
 
 
@@ -147,7 +147,7 @@ def test_attention_gets_vllms_under_its_name(vllm_config, monkeypatch):
         assert layer.bind_engine(vllm_config, name) is layer
         engine = layer.engine
         context = vllm_config.compilation_config.static_forward_context
-        assert context[name] is engine and type(engine) is upstream.Attention
+        assert context[name] is engine and type(engine) is vllm_internals.Attention
         assert (engine.num_heads, engine.num_kv_heads) == (4, layer.num_kv_heads)
         assert engine.sliding_window == layer.spec.sliding_window
         assert engine.impl.scale == layer.spec.scale

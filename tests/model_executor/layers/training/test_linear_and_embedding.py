@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm.model_executor.checkpoint.sharding import local_from_full, local_shape
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -20,7 +21,6 @@ from vllm.model_executor.layers.training import (
     VocabParallelEmbedding,
     skip_init,
 )
-from vllm.model_executor.layers.training.sharding import local_from_full, local_shape
 from vllm.model_executor.parallel_context import ParallelContext
 
 pytestmark = pytest.mark.usefixtures("on_device")

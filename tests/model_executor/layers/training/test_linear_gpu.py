@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm.model_executor.layers.training.ops.linear import gpu
+from vllm.model_executor.determinism.linear import gpu
 
 CHECKS = Path(__file__).with_name("linear_gpu_checks.py")
 BF16 = torch.bfloat16

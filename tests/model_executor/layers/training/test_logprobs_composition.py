@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from vllm.model_executor.determinism.log_softmax import aligned_rows
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.layers.training.logprobs import full_logprobs
 from vllm.model_executor.layers.training.ops.logprobs import (
@@ -19,7 +20,6 @@ from vllm.model_executor.layers.training.ops.logprobs import (
     of_logits,
     op,
 )
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import aligned_rows
 
 VOCAB, HIDDEN = 97, 32
 

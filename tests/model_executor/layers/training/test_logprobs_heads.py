@@ -12,14 +12,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from vllm.model_executor.determinism.mode import (
+    batch_invariant,
+    is_batch_invariant,
+)
 from vllm.model_executor.layers.training import (
     ParallelLMHead,
     head_scoring,
     token_logprobs,
-)
-from vllm.model_executor.layers.training.batch_invariance import (
-    batch_invariant,
-    is_batch_invariant,
 )
 from vllm.model_executor.layers.training.logprobs import full_logprobs
 from vllm.model_executor.layers.training.ops.logprobs import blocks as block_sizes

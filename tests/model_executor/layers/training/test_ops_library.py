@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from vllm.model_executor.layers.training.ops import library
+from vllm.model_executor import op_library as library
 
 
 def _setup_context(ctx, inputs, output):

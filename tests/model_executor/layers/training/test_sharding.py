@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from vllm.model_executor.layers.training.sharding import (
+from vllm.model_executor.checkpoint.sharding import (
     ParameterSharding,
     ShardPart,
     local_from_full,

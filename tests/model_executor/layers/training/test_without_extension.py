@@ -15,7 +15,7 @@ pathlib.Path.exists = lambda path, **kwargs: (
 import torch
 
 from vllm.model_executor.layers.training import token_logprobs
-from vllm.model_executor.layers.training.ops.library import HAS_CPU_KERNELS
+from vllm.model_executor.op_library import HAS_CPU_KERNELS
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,

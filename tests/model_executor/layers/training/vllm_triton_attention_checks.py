@@ -33,7 +33,7 @@ if not IS_CUDA:
     vllm.triton_utils.triton = triton
     vllm.triton_utils.tl = triton.language
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.ops.attention import (
     triton_forward,
     vllm_triton,
@@ -127,7 +127,7 @@ def decode(query, key, value, options, page_size):
     table = torch.nn.functional.pad(order.int(), (0, 4)).unsqueeze(0)
     key_cache, value_cache = cache.transpose(1, 2).split(head_size, -1)
     output = query.new_empty(1, *query.shape[1:])
-    upstream.triton_attention()(
+    vllm_internals.triton_attention()(
         q=query[-1:],
         k=key_cache,
         v=value_cache,

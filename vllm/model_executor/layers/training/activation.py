@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.base import TrainingLayer
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.ops.activation.gelu import gelu
 from vllm.model_executor.layers.training.ops.activation.op import (
     gelu_and_mul,
@@ -32,7 +32,7 @@ class SiluAndMul(TrainingLayer):
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Itself in batch-invariant mode, else vLLM's."""
-        return self if is_batch_invariant() else upstream.SiluAndMul()
+        return self if is_batch_invariant() else vllm_internals.SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the activation.
@@ -63,7 +63,11 @@ class GeluAndMul(TrainingLayer):
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Itself in batch-invariant mode, else vLLM's."""
-        return self if is_batch_invariant() else upstream.GeluAndMul(self.approximate)
+        return (
+            self
+            if is_batch_invariant()
+            else vllm_internals.GeluAndMul(self.approximate)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the activation.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from vllm import envs
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.layers.training.arguments import (
     check_sizes,
     is_finite,
@@ -28,7 +29,6 @@ from vllm.model_executor.layers.training.ops.attention import vllm_triton
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import check_name
-from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ class TrainableAttention(TrainingLayer):
         extra: dict[str, Any] = {}
         if self.sinks is not None:
             extra["sinks"] = self._engine_sinks()
-        engine = upstream.Attention(
+        engine = vllm_internals.Attention(
             self.num_heads,
             self.head_size,
             self.spec.scale,
@@ -341,7 +341,7 @@ class TrainableAttention(TrainingLayer):
             self.sinks.data = self.sinks.data.float()
         return self.sinks
 
-    def _add_sinks_of_the_mode(self, engine: upstream.Attention) -> None:
+    def _add_sinks_of_the_mode(self, engine: vllm_internals.Attention) -> None:
         """What vLLM's Triton kernel needs to be batch-invariant with a window."""
         if self.sinks is not None or engine.attn_backend.get_name() != "TRITON_ATTN":
             return
@@ -351,7 +351,7 @@ class TrainableAttention(TrainingLayer):
         self.register_buffer("sinks_of_the_mode", sinks, persistent=False)
         setattr(engine.impl, "sinks", sinks)  # noqa: B010
 
-    def _check_backend(self, engine: upstream.Attention, prefix: str) -> None:
+    def _check_backend(self, engine: vllm_internals.Attention, prefix: str) -> None:
         backend = engine.attn_backend
         name = backend.get_name()
         if not backend.supports_head_size(self.head_size):
@@ -361,7 +361,7 @@ class TrainableAttention(TrainingLayer):
                 f"{backend.get_supported_head_sizes()}. Choose such a size or another "
                 "attention backend."
             )
-        if self._slopes is not None and not upstream.has_alibi(engine):
+        if self._slopes is not None and not vllm_internals.has_alibi(engine):
             raise ValueError(
                 f"{prefix}: vLLM's {name} backend has no kernel for alibi_slopes here. "
                 "Choose TRITON_ATTN as the attention backend."

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from vllm.model_executor.layers.training.ops.library import SUPPORTED_DTYPES
-from vllm.model_executor.layers.training.sharding import (
+from vllm.model_executor.checkpoint.sharding import (
     ParameterSharding,
     local_from_full,
     local_shape,
 )
+from vllm.model_executor.op_library import SUPPORTED_DTYPES
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:

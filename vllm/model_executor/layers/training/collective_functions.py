@@ -14,8 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from vllm.model_executor.determinism.ordered_sum import ordered_sum
 from vllm.model_executor.layers.training import communication
-from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
 
 
 class Copy(Function):

@@ -39,9 +39,9 @@ import torch
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training import collective_functions as functions
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.ops.library import refuse_forward_mode
+from vllm.model_executor.op_library import refuse_forward_mode
 from vllm.model_executor.parallel_context import ParallelContext
 
 # What has the derivatives that collectives lack, for errors.

@@ -21,13 +21,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.layers.training import communication
 from vllm.model_executor.layers.training.collectives import ON_ONE_RANK, process_group
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     autocast_dtype,
     refuse_forward_mode,
 )
-from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.parallel_context import ParallelContext
 
 # The dim of a layer's input, [num_tokens, n] or [batch, seq, n], that has the tokens.

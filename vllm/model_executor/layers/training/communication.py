@@ -17,8 +17,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from vllm import envs
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.ordered_sum import ordered_sum
 
 # Waits for a collective that was started, and returns its result.
 Finish = Callable[[], torch.Tensor]
@@ -28,9 +28,9 @@ _TORCH = torch.ops._c10d_functional
 
 def engine_group(group: ProcessGroup) -> Any | None:
     """The engine's tensor-parallel group if it runs a step and `group` is that one."""
-    if not upstream.is_forward_context_available():
+    if not vllm_internals.is_forward_context_available():
         return None
-    coordinator = upstream.get_tp_group()
+    coordinator = vllm_internals.get_tp_group()
     return coordinator if coordinator.device_group is group else None
 
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.collectives import (
@@ -32,7 +33,6 @@ from vllm.model_executor.layers.training.column_linear import (
     SEQUENCE_DIM,
     column_parallel_linear,
 )
-from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class VocabParallelEmbedding(_VocabParallel):
             ) from None
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return upstream.VocabParallelEmbedding(
+        return vllm_internals.VocabParallelEmbedding(
             self.num_embeddings,
             self.embedding_dim,
             **self._engine_arguments(vllm_config, prefix),
@@ -338,7 +338,7 @@ class ParallelLMHead(_VocabParallel):
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """vLLM's own head. The caller ties it again if this one is tied."""
-        return upstream.ParallelLMHead(
+        return vllm_internals.ParallelLMHead(
             self.num_embeddings,
             self.embedding_dim,
             bias=self.has_bias,
@@ -350,11 +350,11 @@ def _padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Rows over all ranks, padding included."""
     if tp_size == 1:
         return vocab_size
-    padded = upstream.pad_vocab_size(vocab_size)
+    padded = vllm_internals.pad_vocab_size(vocab_size)
     if padded % tp_size:
         raise ValueError(
             f"num_embeddings={vocab_size} is padded to {padded}, a multiple of "
-            f"{upstream.DEFAULT_VOCAB_PADDING_SIZE}, which tp_size={tp_size} does not "
-            "divide; choose a tensor-parallel size that does."
+            f"{vllm_internals.DEFAULT_VOCAB_PADDING_SIZE}, which tp_size={tp_size} "
+            "does not divide; choose a tensor-parallel size that does."
         )
     return padded

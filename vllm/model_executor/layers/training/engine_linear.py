@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.ops.linear.cpu import PackedWeight
-from vllm.model_executor.layers.training.ops.linear.op import linear
-from vllm.model_executor.layers.training.ops.ordered_sum import ordered_sum
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.linear.cpu import PackedWeight
+from vllm.model_executor.determinism.linear.op import linear
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.ordered_sum import ordered_sum
 
 
-class _ShardedProducts(upstream.UnquantizedLinearMethod):
+class _ShardedProducts(vllm_internals.UnquantizedLinearMethod):
     """One product for each shard of the input features.
 
     Args:
@@ -55,7 +55,7 @@ class _ShardedProducts(upstream.UnquantizedLinearMethod):
         return torch.stack(products)
 
 
-class ShardedRowParallelLinear(upstream.RowParallelLinear):
+class ShardedRowParallelLinear(vllm_internals.RowParallelLinear):
     """vLLM's RowParallelLinear as the ordered sum of `num_shards` products a rank."""
 
     def __init__(self, *args: Any, num_shards: int, **options: Any) -> None:
@@ -73,6 +73,6 @@ class ShardedRowParallelLinear(upstream.RowParallelLinear):
         bias = self.bias if self.tp_rank == 0 else None
         products = self.quant_method.apply(self, input_, bias)
         if self.tp_size > 1:
-            products = upstream.tensor_model_parallel_all_gather(products, 0)
+            products = vllm_internals.tensor_model_parallel_all_gather(products, 0)
         output = ordered_sum(products)
         return (output, None) if self.return_bias else output

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 
 
 class EngineRMSNorm(nn.Module):
@@ -31,7 +31,7 @@ class EngineRMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As the training layer's, but the sum is normalised before it is rounded."""
-        ops = upstream.ir_ops
+        ops = vllm_internals.ir_ops
         if residual is None:
             return ops.rms_norm(x, self.weight, self.variance_epsilon)
         return ops.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)

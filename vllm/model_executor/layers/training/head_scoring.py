@@ -18,11 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from vllm.model_executor.layers.training.base import TrainingLayer, runs_own_forward
-from vllm.model_executor.layers.training.batch_invariance import (
+from vllm.model_executor.determinism.linear.op import linear
+from vllm.model_executor.determinism.mode import (
     batch_invariant,
     is_batch_invariant,
 )
+from vllm.model_executor.layers.training.base import TrainingLayer, runs_own_forward
 from vllm.model_executor.layers.training.collectives import (
     all_gather_to_group,
     copy_to_group,
@@ -33,13 +34,12 @@ from vllm.model_executor.layers.training.embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.layers.training.ops.library import autocast_dtype, rows_of
-from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
     logits_logprobs_op,
 )
 from vllm.model_executor.layers.training.ops.logprobs.op import token_logprobs_op
+from vllm.model_executor.op_library import autocast_dtype, rows_of
 from vllm.model_executor.parallel_context import ParallelContext
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.layers.training.collectives import (
     ON_ONE_RANK,
     gather_from_group,
@@ -30,9 +32,7 @@ from vllm.model_executor.layers.training.column_linear import (
     column_parallel_linear,
 )
 from vllm.model_executor.layers.training.linear_base import LinearOutput, ParallelLinear
-from vllm.model_executor.layers.training.ops.library import refuse_forward_mode
-from vllm.model_executor.layers.training.ops.linear.op import linear
-from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.op_library import refuse_forward_mode
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class ColumnParallelLinear(ParallelLinear):
         return self.weight, self.bias
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return upstream.ColumnParallelLinear(
+        return vllm_internals.ColumnParallelLinear(
             self.input_size,
             self.output_size,
             gather_output=self.gather_output,
@@ -282,7 +282,7 @@ class RowParallelLinear(ParallelLinear):
         options["input_is_parallel"] = self.input_is_parallel
         sizes = self.input_size, self.output_size
         if self.num_products == 1:
-            return upstream.RowParallelLinear(
+            return vllm_internals.RowParallelLinear(
                 *sizes, reduce_results=self.reduce_results, **options
             )
         from vllm.model_executor.layers.training.engine_linear import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
-from vllm.model_executor.layers.training.ops.library import autocast_dtype
+from vllm.model_executor.op_library import autocast_dtype
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:

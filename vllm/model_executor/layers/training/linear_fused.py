@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.sharding import ShardPart
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.collectives import sum_gradient_over_replicas
 from vllm.model_executor.layers.training.linear import ColumnParallelLinear
-from vllm.model_executor.layers.training.sharding import ShardPart
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         )
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return upstream.MergedColumnParallelLinear(
+        return vllm_internals.MergedColumnParallelLinear(
             self.input_size,
             self.output_sizes,
             **self._engine_arguments(vllm_config, prefix),
@@ -198,7 +198,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         return shared(self.weight), None if self.bias is None else shared(self.bias)
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return upstream.QKVParallelLinear(
+        return vllm_internals.QKVParallelLinear(
             self.hidden_size,
             self.head_size,
             self.total_num_heads,

@@ -9,8 +9,8 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
+from vllm.model_executor.determinism.log_softmax import logprobs_of
 from vllm.model_executor.layers.training.head_scoring import scored_head
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import logprobs_of
 from vllm.model_executor.layers.training.ops.logprobs.temperature import one_a_token
 
 

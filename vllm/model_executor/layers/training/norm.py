@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vllm.model_executor.checkpoint.sharding import ParameterSharding
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.arguments import check_epsilon, check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.collectives import copy_to_group
 from vllm.model_executor.layers.training.engine_norm import EngineRMSNorm
 from vllm.model_executor.layers.training.ops.norm.layer_norm import layer_norm
@@ -19,7 +20,6 @@ from vllm.model_executor.layers.training.ops.norm.op import (
     fused_add_rms_norm,
     rms_norm,
 )
-from vllm.model_executor.layers.training.sharding import ParameterSharding
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.layout import CheckpointLayout, tensors_of
 from vllm.model_executor.layers.training.attention import TrainableAttention
-from vllm.training.layout import CheckpointLayout, tensors_of
 
 Description = Mapping[str, str]
 
@@ -117,7 +117,9 @@ def others(axis: str, mine: Any) -> Iterable[tuple[int, Any]]:
         axis: "tp" or "pp".
         mine: What this rank gives; it is pickled.
     """
-    group = upstream.get_tp_group() if axis == "tp" else upstream.get_pp_group()
+    group = (
+        vllm_internals.get_tp_group() if axis == "tp" else vllm_internals.get_pp_group()
+    )
     if group.world_size == 1:
         return []
     given: list[Any] = [None] * group.world_size

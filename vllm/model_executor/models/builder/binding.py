@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer, runs_own_forward
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def bind_engine_layers(
             in batch-invariant mode.
     """
     if is_batch_invariant():
-        from vllm.training.parity.self_check import self_check_engine
+        from vllm.model_executor.layers.training.self_check import self_check_engine
 
         self_check_engine(module, vllm_config)
     tied = _tied_parameters(module)

@@ -3,7 +3,7 @@
 """Reading the `config.json` of an architecture that no library knows."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,19 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from vllm.logger import init_logger
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.models.config_sizes import REQUIRED, check_sizes
+from vllm.model_executor.models.generic_transformer_config import (
+    GenericTransformerConfig,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 logger = init_logger(__name__)
 
-REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
-
-class BuilderConfigParser(upstream.HFConfigParser):
+class BuilderConfigParser(vllm_internals.HFConfigParser):
     """Takes the place of vLLM's parser of `config.json` once a model is registered.
 
     A config that names a registered architecture and that nothing else can read (no
@@ -63,43 +65,8 @@ class BuilderConfigParser(upstream.HFConfigParser):
         return fields, config_class(fields).from_dict(dict(fields))
 
 
-def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse sizes that no model can have.
-
-    Args:
-        fields: Holds those of `REQUIRED`; others may be None or absent.
-        where: Begins the message.
-
-    Raises:
-        ValueError: Names the fields and what they have to be.
-    """
-    counts = (*REQUIRED, "num_key_value_heads", "head_dim")
-    given = {n: fields[n] for n in counts if fields.get(n) is not None}
-    wrong = {n: value for n, value in given.items() if not _is_count(value)}
-    if wrong:
-        raise ValueError(f"{where}: {wrong} must be whole numbers of at least 1.")
-    heads, hidden = given["num_attention_heads"], given["hidden_size"]
-    if "head_dim" not in given and hidden % heads:
-        raise ValueError(
-            f"{where}: hidden_size {hidden} is not divisible by num_attention_heads "
-            f"{heads}. Change one of them or give head_dim."
-        )
-    kv_heads = given.get("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ValueError(
-            f"{where}: num_attention_heads {heads} is not a multiple of "
-            f"num_key_value_heads {kv_heads}."
-        )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
     """The class that holds `fields`: the generic transformer's own, or the base."""
-    from vllm.model_executor.models.generic_transformer import GenericTransformerConfig
-
     if fields.get("model_type") == GenericTransformerConfig.model_type:
         return GenericTransformerConfig
     return PreTrainedConfig
@@ -122,7 +89,7 @@ def is_unknown(fields: dict[str, Any]) -> bool:
     return not (
         fields.get("auto_map")
         or model_type in CONFIG_MAPPING
-        or model_type in upstream.CONFIG_REGISTRY
+        or model_type in vllm_internals.CONFIG_REGISTRY
     )
 
 
@@ -139,7 +106,7 @@ def settle_dtype(model_config: "ModelConfig", is_builder: bool) -> None:
     config = model_config.hf_config
     if model_config.dtype != "auto":
         return
-    stored = upstream.checkpoint_dtype(model_config)
+    stored = vllm_internals.checkpoint_dtype(model_config)
     if stored not in (torch.float32, torch.float64):
         return
     if is_unknown(config.to_dict()):
@@ -157,7 +124,9 @@ def settle_dtype(model_config: "ModelConfig", is_builder: bool) -> None:
             "trained, or name the dtype to serve it rounded without this warning.",
             model_config.model,
             stored,
-            upstream.auto_dtype(config.model_type, stored, is_pooling_model=False),
+            vllm_internals.auto_dtype(
+                config.model_type, stored, is_pooling_model=False
+            ),
             config.model_type,
         )
 
@@ -183,4 +152,4 @@ def tie_as_configured(model_config: "ModelConfig") -> bool:
 def read_configs_of(architectures: Iterable[str]) -> None:
     """Let vLLM read the configs of these architectures from now on."""
     BuilderConfigParser.architectures |= set(architectures)
-    upstream.CONFIG_PARSERS["hf"] = BuilderConfigParser
+    vllm_internals.CONFIG_PARSERS["hf"] = BuilderConfigParser

@@ -74,59 +74,66 @@ class HeadTap:
             self.install()
 
 
-def named_head(module: nn.Module, option: str | None, caller: str) -> list[str]:
-    """Paths of the modules that are the head by an option, or by their name.
-
-    One is returned if it is known.
-
-    Raises:
-        ValueError: there is no such module as the option says.
-    """
-    paths = [path for path, _ in module.named_modules() if path]
-    if option is not None and option not in paths:
-        raise ValueError(
-            f"{caller} names the head {option!r}, but the module has no such "
-            f"submodule; it has {', '.join(paths)}."
-        )
-    path = option or "lm_head"
-    if path in paths:
-        return [path]
-    return [path for path in paths if path.rpartition(".")[2] == "lm_head"]
-
-
 def find_head(
-    module: nn.Module, option: str | None, sizes: tuple[int, int], builder: str
+    module: nn.Module,
+    option: str | None,
+    caller: str,
+    sizes: tuple[int, ...] | None = None,
 ) -> str:
-    """Path of the module that gives logits; see `BuilderOptions.head`.
+    """Path of the module that gives logits.
+
+    It is the one that is named by `option`, else the one called `lm_head`, else the
+    only one, except for embeddings, with a weight of shape [vocab_size, hidden_size].
 
     Args:
         module: The training-only module.
-        option: The path that the builder names.
-        sizes: Of the vocabulary and of a hidden state.
-        builder: The builder's name, for messages.
+        option: The path that was given, as `@model_builder(head=...)`.
+        caller: Who looks for it, such as "The builder build", for messages.
+        sizes: Of the vocabulary and of a hidden state; None: those of the embedding
+            with the most rows.
 
     Raises:
         ValueError: There is none, or several could be it.
     """
-    by_name = named_head(module, option, f"The builder {builder}")
+    modules = {path: part for path, part in module.named_modules() if path}
+    if option is not None:
+        if option not in modules:
+            raise ValueError(
+                f"{caller} names the head {option!r}, but the module has no such "
+                f"submodule; it has {', '.join(modules)}."
+            )
+        return option
+    if "lm_head" in modules:
+        return "lm_head"
+    by_name = [path for path in modules if path.endswith(".lm_head")]
     if len(by_name) == 1:
         return by_name[0]
-    modules = dict(module.named_modules())
-    candidates = [
-        name
-        for name, part in modules.items()
-        if name
-        and _weight_shape(part) == sizes
-        and not isinstance(part, (nn.Embedding, VocabParallelEmbedding))
+    sizes = sizes or _embedding_sizes(module)
+    by_shape = [
+        path
+        for path, part in modules.items()
+        if not isinstance(part, EMBEDDINGS) and sizes == _weight_shape(part)
     ]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"Cannot tell which submodule of {type(module).__name__}, built by "
-            f"{builder}, is the head that turns hidden states into logits: "
-            f"{by_name or 'none'} are called 'lm_head', and {candidates or 'none'} "
-            f"have a weight of shape {sizes}. Name it: @model_builder(head='path')."
-        )
-    return candidates[0]
+    if len(by_shape) == 1:
+        return by_shape[0]
+    raise ValueError(
+        f"{caller} cannot tell which submodule of {type(module).__name__} is the head, "
+        f"which turns hidden states into logits: {by_name or 'none'} are called "
+        f"'lm_head', and {by_shape or 'none'} have a weight of shape {sizes}. Compute "
+        "the logits in a module, also where it uses the embedding's weight or scales "
+        "and caps them, and call it lm_head or name it: @model_builder(head='path'), "
+        "and head='path' for parity.compare, parity.check and check_servable."
+    )
+
+
+EMBEDDINGS = (nn.Embedding, VocabParallelEmbedding)
+
+
+def _embedding_sizes(module: nn.Module) -> tuple[int, ...] | None:
+    """Shape over all ranks of the embedding with the most rows; None without one."""
+    embeddings = (part for part in module.modules() if isinstance(part, EMBEDDINGS))
+    shapes = (shape for part in embeddings if (shape := _weight_shape(part)))
+    return max(shapes, default=None)
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:

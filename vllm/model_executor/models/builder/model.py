@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from vllm.compilation.decorators import support_torch_compile
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.base import skip_init
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.layout import CheckpointLayout
+from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
+from vllm.model_executor.checkpoint.wrappers import unwrapped
+from vllm.model_executor.determinism.log_softmax import (
     aligned_rows,
     uses_samplers_kernels,
 )
+from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.config import tie_as_configured
@@ -28,12 +31,10 @@ from vllm.model_executor.models.builder.interface import (
     has_vllm_interface,
     is_batched,
 )
+from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.builder.servable import check_in_engine
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.state_dict_hooks import refuse_changing_hooks
-from vllm.training.weights import CheckpointLayout, EngineLoader
-from vllm.training.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +49,7 @@ def model_class(spec: BuilderSpec) -> "type[BuiltModel]":
     return built
 
 
-class RegisteredBuilder(upstream.BaseRegisteredModel):
+class RegisteredBuilder(vllm_internals.BaseRegisteredModel):
     """A builder's entry in `ModelRegistry.models`."""
 
     def __init__(self, spec: BuilderSpec) -> None:
@@ -58,7 +59,7 @@ class RegisteredBuilder(upstream.BaseRegisteredModel):
         return self.model_cls
 
     def inspect_model_cls(self) -> Any:
-        return upstream.ModelInfo.from_model_cls(self.model_cls)
+        return vllm_internals.ModelInfo.from_model_cls(self.model_cls)
 
 
 @support_torch_compile(
@@ -134,7 +135,8 @@ class BuiltModel(nn.Module):
         self.head_path = None
         if self.is_last_stage:
             sizes = (self.vocab_size, model_config.get_hidden_size())
-            self.head_path = find_head(module, options.head, sizes, self.spec.name)
+            caller = f"The builder {self.spec.name}"
+            self.head_path = find_head(module, options.head, caller, sizes)
         # A model that gives embeddings has no use for logits, and vLLM leaves out its
         # own heads there; so the head stays a training layer, which is never called.
         is_pooling = model_config.runner_type == "pooling"
@@ -145,7 +147,7 @@ class BuiltModel(nn.Module):
             self.head_tap = HeadTap(head)
             self.head_tap.install()
         object.__setattr__(
-            self, "logits_processor", upstream.LogitsProcessor(self.vocab_size)
+            self, "logits_processor", vllm_internals.LogitsProcessor(self.vocab_size)
         )
         loader = EngineLoader(self, layout, model_config, strict)
         object.__setattr__(self, "loader", loader)
@@ -194,7 +196,7 @@ class BuiltModel(nn.Module):
         hidden_states = output[0] if self.batched else output
         if self.is_last_stage:
             return hidden_states
-        return upstream.IntermediateTensors({"hidden_states": hidden_states})
+        return vllm_internals.IntermediateTensors({"hidden_states": hidden_states})
 
     def _check_output(self, output: Any, tokens: torch.Size) -> None:
         """Refuse what is not the input of the head, or of the next stage."""
@@ -228,7 +230,7 @@ class BuiltModel(nn.Module):
         """
         assert self.head_path is not None, "only the last stage samples"
         head = self.head_tap.head
-        if isinstance(head, upstream.ParallelLMHead):
+        if isinstance(head, vllm_internals.ParallelLMHead):
             return self.logits_processor(head, hidden_states, head.bias)
         with self.head_tap.removed():
             logits = head(hidden_states)
@@ -256,7 +258,7 @@ class BuiltModel(nn.Module):
             check_logits(logits, self.vocab_size, self.head_path, self.spec.name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load checkpoint tensors; see `vllm.training.weights.EngineLoader`."""
+        """Load checkpoint tensors; see `EngineLoader`."""
         return self.loader.load(weights)
 
 
@@ -271,7 +273,7 @@ class BuiltStage(BuiltModel):
         """What the stage before sends, as zeros."""
         shape = (batch_size, self.carried[0])
         zeros = torch.zeros(shape, dtype=dtype, device=device)
-        return upstream.IntermediateTensors({"hidden_states": zeros})
+        return vllm_internals.IntermediateTensors({"hidden_states": zeros})
 
 
 _NO_EMBEDS = (

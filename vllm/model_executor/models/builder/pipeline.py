@@ -92,11 +92,13 @@ def stage_bounds(num_layers: int, parallel_context: ParallelContext) -> tuple[in
             leaves this stage without.
     """
     # The registry, which upstream imports, imports this package.
-    from vllm.model_executor import upstream
+    from vllm.model_executor import vllm_internals
 
     stages = parallel_context.pp_size
     check_stages(num_layers, stages)
-    start, end = upstream.get_pp_indices(num_layers, parallel_context.pp_rank, stages)
+    start, end = vllm_internals.get_pp_indices(
+        num_layers, parallel_context.pp_rank, stages
+    )
     if start == end:
         raise ValueError(
             f"VLLM_PP_LAYER_PARTITION gives pipeline stage {parallel_context.pp_rank} "

@@ -174,9 +174,9 @@ def register(arch: str, target: Any) -> "RegisteredBuilder | None":
 
 def _forget_resolved_architectures() -> None:
     """Drop vLLM's cache of resolved classes, whose key lacks the registration."""
-    from vllm.model_executor import upstream
+    from vllm.model_executor import vllm_internals
 
-    upstream.MODEL_ARCH_BY_HASH.clear()
+    vllm_internals.MODEL_ARCH_BY_HASH.clear()
 
 
 def from_lazy(module: ModuleType, qualname: str) -> type[nn.Module] | None:

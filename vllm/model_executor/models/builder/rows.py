@@ -18,12 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.embedding import VocabParallelEmbedding
 
 # Integers are compared where they are looked up. Elsewhere they may count rows, as the
 # places of tokens in an expert's queue do, without an effect on any result.
-LOOKUPS = (nn.Embedding, VocabParallelEmbedding, upstream.VocabParallelEmbedding)
+LOOKUPS = (nn.Embedding, VocabParallelEmbedding, vllm_internals.VocabParallelEmbedding)
 # Products that a kernel may add up in another order for a row at another place.
 MAX_PRODUCTS = 4096
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vllm.logger import init_logger
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.models.builder.agreement import others
@@ -160,7 +160,8 @@ def check_servable(
     )
     layout = is_batched(module, batched, name)
     vocab_size = text_config.vocab_size
-    path = find_head(module, head, (vocab_size, text_config.hidden_size), name)
+    sizes = (vocab_size, text_config.hidden_size)
+    path = find_head(module, head, "check_servable", sizes)
     tap = HeadTap(module.get_submodule(path))
 
     def check_output(output: Any, tokens: torch.Size) -> None:
@@ -198,7 +199,7 @@ def check_in_engine(model: "BuiltModel") -> None:
     foreign = [
         path
         for path, layer in module.named_modules()
-        if isinstance(layer, upstream.Attention)
+        if isinstance(layer, vllm_internals.Attention)
         and not isinstance(_parent(module, path), TrainableAttention)
     ]
     if foreign:
@@ -210,8 +211,8 @@ def check_in_engine(model: "BuiltModel") -> None:
         )
         return
     module.eval()
-    device = torch.device(upstream.current_platform.device_type)
-    with upstream.set_forward_context(None, model.vllm_config):
+    device = torch.device(vllm_internals.current_platform.device_type)
+    with vllm_internals.set_forward_context(None, model.vllm_config):
         findings = probe(
             module,
             model.batched,
@@ -225,7 +226,7 @@ def check_in_engine(model: "BuiltModel") -> None:
         findings = findings.joined(replace(theirs, attention=0))
     stages = others("pp", findings)
     if stages:
-        findings = findings.on_stage(upstream.get_pp_group().rank_in_group)
+        findings = findings.on_stage(vllm_internals.get_pp_group().rank_in_group)
     for stage, theirs in stages:
         findings = findings.joined(theirs.on_stage(stage))
     judge(findings, model.spec.options.uses_positions, name)
@@ -572,7 +573,10 @@ class _Changes:
 def _is_quantised(module: nn.Module) -> bool:
     """Whether it is one of vLLM's layers with a quantised product."""
     method = getattr(module, "quant_method", None)
-    plain = (upstream.UnquantizedLinearMethod, upstream.UnquantizedEmbeddingMethod)
+    plain = (
+        vllm_internals.UnquantizedLinearMethod,
+        vllm_internals.UnquantizedEmbeddingMethod,
+    )
     return method is not None and not isinstance(method, plain)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     KERNEL_DTYPES,
     define_op,
     refuse_second_derivative_of,

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.training.ops.activation.reference import (
     gelu_and_mul_reference,
     silu_and_mul_reference,
 )
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     define_op,
     from_rows,
     has_kernel,

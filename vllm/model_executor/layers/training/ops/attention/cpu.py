@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm.model_executor import upstream
-from vllm.model_executor.determinism.batch_invariant_cpu import cut_requests
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.query_lengths import cut_requests
 
 PAGE_SIZE = 128
 
@@ -162,7 +162,7 @@ def _engines_attention() -> SimpleNamespace:
     engine oneDNN has asked.
     """
     torch.cpu._init_amx()
-    return upstream.cpu_attention()
+    return vllm_internals.cpu_attention()
 
 
 def _pages(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training import batch_invariance
+from vllm.model_executor.determinism import mode
 from vllm.model_executor.layers.training.attention_layout import (
     check_max_seqlen,
     check_sequences,
@@ -23,7 +23,7 @@ from vllm.model_executor.layers.training.ops.attention.table import (
     choose,
     used_features,
 )
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     SUPPORTED_DTYPES,
     autocast_dtype,
     define_op,
@@ -112,7 +112,7 @@ def attention(
         spec.soft_cap,
         implementation or "",
         deterministic or torch.are_deterministic_algorithms_enabled(),
-        batch_invariance.is_batch_invariant() and query.dtype != torch.float64,
+        mode.is_batch_invariant() and query.dtype != torch.float64,
     )
     return output
 
@@ -252,7 +252,7 @@ def _forward(
     if not query.numel():
         return _fake(query)
     # A checkpoint's second forward may run where the mode is off.
-    with batch_invariance.batch_invariant() if batch_invariant else nullcontext():
+    with mode.batch_invariant() if batch_invariant else nullcontext():
         return kernel.function(
             query, key, value, cu_seqlens, max_seqlen, sinks, alibi_slopes, *features
         )

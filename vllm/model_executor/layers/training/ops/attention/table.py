@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm.logger import init_logger
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.ops.attention import (
     cpu,
     reference,
@@ -31,7 +31,7 @@ from vllm.model_executor.layers.training.ops.attention.triton_backward import (
 from vllm.model_executor.layers.training.ops.attention.triton_forward import (
     attention_forward_triton,
 )
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     HAS_CPU_KERNELS,
     KERNEL_DTYPES,
     SUPPORTED_DTYPES,
@@ -147,7 +147,7 @@ class Kernel:
 @functools.cache
 def _flash_attention_missing(version: int) -> str | None:
     try:
-        reason = upstream.flash_attention().fa_version_unsupported_reason(version)
+        reason = vllm_internals.flash_attention().fa_version_unsupported_reason(version)
     except ImportError as error:
         reason = str(error)
     return f"is not installed ({reason})" if reason else None
@@ -212,7 +212,7 @@ def _limit_cpu(request: Request) -> str | None:
 
 
 def _limit_vllm_cpu(request: Request) -> str | None:
-    vllm = upstream.cpu_attention()
+    vllm = vllm_internals.cpu_attention()
     if not vllm.is_built:
         return "needs vLLM's build for CPU"
     if request.head_size not in vllm.head_sizes:

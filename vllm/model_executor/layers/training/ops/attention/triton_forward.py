@@ -25,7 +25,7 @@ from vllm.model_executor.layers.training.ops.attention.triton_common import (
     tile_start,
     tiles_to_visit,
 )
-from vllm.model_executor.layers.training.ops.gpu import has_large_shared_memory
+from vllm.model_executor.op_library import has_large_shared_memory
 from vllm.triton_utils import tl, triton
 
 

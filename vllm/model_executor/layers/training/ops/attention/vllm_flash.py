@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training import batch_invariance
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.query_lengths import invariant_query_len
 from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
 from vllm.model_executor.layers.training.ops.attention.spec import window_sides
 
@@ -39,11 +40,11 @@ def forward(
     """
     keys = {"cu_seqlens_k": cu_seqlens}
     max_query_len = max_seqlen
-    if version == 3 and batch_invariance.is_batch_invariant():
+    if version == 3 and is_batch_invariant():
         max_query_len = invariant_query_len(max_seqlen, query.shape[2])
         if query.shape[2] in PAGED_HEADS:
             key, value, keys = pages_of_one(key, value, cu_seqlens, max_seqlen)
-    output, lse = upstream.flash_attention().flash_attn_varlen_func(
+    output, lse = vllm_internals.flash_attention().flash_attn_varlen_func(
         query,
         key,
         value,
@@ -62,16 +63,6 @@ def forward(
         s_aux=None if sinks is None else sinks.to(query.dtype),
     )
     return output, lse
-
-
-def invariant_query_len(max_query_len: int, head_size: int) -> int:
-    """What to call the longest query, so that one kernel computes decode and prefill.
-
-    FlashAttention 3 takes another for queries of one token, and for heads of 64 another
-    for groups of heads that have at most 64 rows together; both visit other numbers of
-    keys at a time. (For heads of 128 the second visits as many.)
-    """
-    return max(max_query_len, 65 if head_size == 64 else 2)
 
 
 def _window_size(causal: bool, window: int) -> list[int]:
@@ -108,7 +99,7 @@ def decode_from_pages(
     Returns:
         shape = [num_requests, num_heads, head_size].
     """
-    kernels = upstream.flash_attention()
+    kernels = vllm_internals.flash_attention()
     num_requests, num_heads, head_size = query.shape
     _, page_size, num_kv_heads, _ = key_pages.shape
     max_query_len = invariant_query_len(1, head_size)
@@ -190,7 +181,7 @@ def backward(
             "max_seqlen_q": max_seqlen,
             "max_seqlen_k": max_seqlen,
         }
-    grads = upstream.flash_attention_backward()(
+    grads = vllm_internals.flash_attention_backward()(
         *tensors,
         lse,
         softmax_scale=scale,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor import upstream
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
 from vllm.model_executor.layers.training.ops.attention.triton_forward import (
     attention_forward_triton,
@@ -38,7 +38,7 @@ def forward(
     """
     output = query.new_empty(query.shape)
     key_pages, value_pages, requests = pages_of_one(key, value, cu_seqlens, max_seqlen)
-    upstream.triton_attention()(
+    vllm_internals.triton_attention()(
         q=query,
         k=key_pages,
         v=value_pages,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import define_op, has_kernel
 from vllm.model_executor.layers.training.ops.logprobs import triton_kernels
 from vllm.model_executor.layers.training.ops.logprobs.reference import (
     logits_gradient_reference,
 )
+from vllm.model_executor.op_library import define_op, has_kernel
 
 
 def logits_gradient(

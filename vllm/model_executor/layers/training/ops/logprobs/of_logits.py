@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import (
-    define_op,
-    has_kernel,
-    refuse_second_derivative_of,
-)
-from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
-from vllm.model_executor.layers.training.ops.logprobs.log_softmax import (
+from vllm.model_executor.determinism.log_softmax import (
     log_softmax,
     logprobs_at,
     tempered,
     uses_samplers_kernels,
 )
+from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
     logits_gradient,
 )
@@ -37,6 +32,11 @@ from vllm.model_executor.layers.training.ops.logprobs.reference import (
 from vllm.model_executor.layers.training.ops.logprobs.triton_kernels import (
     entropy_of_rows,
     lse_of_rows,
+)
+from vllm.model_executor.op_library import (
+    define_op,
+    has_kernel,
+    refuse_second_derivative_of,
 )
 
 # What has the derivatives that the ops lack.

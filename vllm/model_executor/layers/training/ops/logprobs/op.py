@@ -23,12 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.layers.training.communication import all_gather
-from vllm.model_executor.layers.training.ops.library import (
-    define_op,
-    refuse_second_derivative_of,
-)
-from vllm.model_executor.layers.training.ops.linear.op import linear
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
     logits_gradient,
@@ -39,6 +35,10 @@ from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
     new_numbers,
     of_rows,
     score,
+)
+from vllm.model_executor.op_library import (
+    define_op,
+    refuse_second_derivative_of,
 )
 
 

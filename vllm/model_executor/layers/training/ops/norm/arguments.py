@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import described
+from vllm.model_executor.op_library import described
 
 
 def check(

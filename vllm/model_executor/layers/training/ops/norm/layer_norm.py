@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.layers.training.ops.norm.arguments import check
+from vllm.model_executor.layers.training.ops.norm.reference import layer_norm_reference
+from vllm.model_executor.op_library import (
     define_op,
     from_rows,
     refuse_second_derivative_of,
     rows_of,
 )
-from vllm.model_executor.layers.training.ops.norm.arguments import check
-from vllm.model_executor.layers.training.ops.norm.reference import layer_norm_reference
 
 
 def layer_norm(

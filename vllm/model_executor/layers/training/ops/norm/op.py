@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import (
-    define_op,
-    has_kernel,
-    refuse_second_derivative_of,
-    rows_of,
-)
 from vllm.model_executor.layers.training.ops.norm import triton_kernels
 from vllm.model_executor.layers.training.ops.norm.arguments import check
 from vllm.model_executor.layers.training.ops.norm.reference import (
     fused_add_rms_norm_reference,
     rms_norm_reference,
+)
+from vllm.model_executor.op_library import (
+    define_op,
+    has_kernel,
+    refuse_second_derivative_of,
+    rows_of,
 )
 
 

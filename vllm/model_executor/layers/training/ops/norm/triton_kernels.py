@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm.model_executor.layers.training.ops.gpu import has_large_shared_memory
-from vllm.model_executor.layers.training.ops.library import rows_of
+from vllm.model_executor.op_library import has_large_shared_memory, rows_of
 from vllm.triton_utils import tl, triton
 
 _VECTOR = 8

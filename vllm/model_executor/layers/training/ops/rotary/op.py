@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import (
-    define_op,
-    described,
-    has_kernel,
-)
 from vllm.model_executor.layers.training.ops.rotary import triton_kernels
 from vllm.model_executor.layers.training.ops.rotary.reference import (
     rotary_embedding_reference,
+)
+from vllm.model_executor.op_library import (
+    define_op,
+    described,
+    has_kernel,
 )
 
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.determinism import log_softmax_reference as reference
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.op_library import (
     define_op,
     has_kernel,
     rows_of,
 )
-from vllm.model_executor.layers.training.ops.logprobs import reference
 
 
 def logprobs_of(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
@@ -51,11 +50,13 @@ def tempered(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Te
     Returns:
         fp32 (fp64 for fp64 logits) with a temperature, the shape of logits.
     """
+    from vllm.model_executor import vllm_internals
+
     if temperature is None or not uses_samplers_kernels(logits):
         return reference.tempered(logits, temperature)
     divided = _aligned_copy(logits, torch.float32)
     rows = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
-    upstream.gpu_sampler().apply_temperature(divided, rows, temperature)
+    vllm_internals.gpu_sampler().apply_temperature(divided, rows, temperature)
     return divided
 
 
@@ -84,8 +85,10 @@ def logprobs_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         fp32, shape = [num_tokens, n].
     """
+    from vllm.model_executor import vllm_internals
+
     logits = aligned_rows(logits)
-    return upstream.gpu_sampler().compute_token_logprobs(logits, tokens)
+    return vllm_internals.gpu_sampler().compute_token_logprobs(logits, tokens)
 
 
 def uses_samplers_kernels(logits: torch.Tensor) -> bool:
@@ -110,9 +113,11 @@ def aligned_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned_copy(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    from vllm.model_executor import vllm_internals
+
     num_tokens, vocab_size = logits.shape
     padded = logits.new_empty(
-        num_tokens, upstream.pad_vocab_size(vocab_size), dtype=dtype
+        num_tokens, vllm_internals.pad_vocab_size(vocab_size), dtype=dtype
     )
     return padded[:, :vocab_size].copy_(logits)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm.model_executor.layers.training.ops.gpu import has_large_shared_memory
+from vllm.model_executor.op_library import has_large_shared_memory
 from vllm.triton_utils import tl, triton
 
 

@@ -256,3 +256,18 @@ def _file_names(directory: Path, count: int) -> list[str]:
     if _parts(directory) & set(names):
         names = [f"{uuid.uuid4().hex[:8]}-{name}" for name in names]
     return names
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` when the block ends without an error.
+
+    The temporary file lies beside `path`, with the same suffix, and is removed if
+    the block raises.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

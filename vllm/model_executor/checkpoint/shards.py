@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from vllm.model_executor.layers.training.sharding import (
+from vllm.model_executor.checkpoint.sharding import (
     ParameterSharding,
     part_rows,
     part_slices,

@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm.logger import init_logger
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.linear.triton_kernels import (
+from vllm.model_executor.determinism.linear.triton_kernels import (
     few_rows_linear,
 )
 
@@ -182,7 +181,9 @@ def _has_in_order_cublas(device: int) -> bool:
 def _reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    kernels = upstream.batch_invariant_kernels()
+    from vllm.model_executor import vllm_internals
+
+    kernels = vllm_internals.batch_invariant_kernels()
     # It takes the bias to be contiguous.
     bias = None if bias is None else bias.contiguous()
     return kernels.matmul_persistent(x, weight.t(), bias)

@@ -14,8 +14,7 @@ import functools
 
 import torch
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.op_library import (
     BUILD_EXTENSION,
     HAS_CPU_KERNELS,
     define_op,
@@ -36,13 +35,15 @@ class PackedWeight:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
+        from vllm.model_executor import vllm_internals
+
         self.product_dtype = product_dtype(weight.dtype)
         self.out_features = weight.shape[0]
         weight = weight.detach().to(self.product_dtype)
         # oneDNN takes [K, N] with rows or columns that are contiguous and apart.
         if not (_has_rows_apart(weight) or _has_rows_apart(weight.t())):
             weight = weight.contiguous()
-        self._handler = upstream.onednn().pack(weight.t())
+        self._handler = vllm_internals.onednn().pack(weight.t())
         self.handle: torch.Tensor = self._handler.handler_tensor
 
     def __call__(
@@ -78,7 +79,9 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
         RuntimeError: vLLM's build for CPU, whose oneDNN this is, is not there, or the
             extension.
     """
-    onednn = upstream.onednn()
+    from vllm.model_executor import vllm_internals
+
+    onednn = vllm_internals.onednn()
     if not onednn.is_built:
         raise RuntimeError(
             "Batch-invariant mode on CPU multiplies with vLLM's oneDNN, which this "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.training.ops.library import define_op
+from vllm.model_executor.op_library import define_op
 
 
 def _sum(parts: torch.Tensor) -> torch.Tensor:

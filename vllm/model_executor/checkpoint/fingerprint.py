@@ -51,6 +51,16 @@ def row_fingerprints(tensor: torch.Tensor) -> torch.Tensor:
     return (rows * _factors(rows.shape[1], rows.device)).sum(1)
 
 
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits, NaN included."""
+    if first.shape != second.shape:
+        return False
+    views = (
+        tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)
+    )
+    return torch.equal(*views)
+
+
 def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
     """Names, in either, whose fingerprints are not the same; sorted."""
     names: Iterable[str] = first.keys() | second.keys()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
-from vllm.model_executor.layers.training.ops.library import (
+from vllm.model_executor.determinism.linear import cpu, gpu
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.op_library import (
     KERNEL_DTYPES,
     autocast_dtype,
     define_op,
@@ -26,7 +27,6 @@ from vllm.model_executor.layers.training.ops.library import (
     from_rows,
     rows_of,
 )
-from vllm.model_executor.layers.training.ops.linear import cpu, gpu
 
 
 def linear(
@@ -60,6 +60,17 @@ def linear(
         return F.linear(x, weight, bias)
     _check(x, weight, bias)
     return from_rows(_linear(rows_of(x), weight, bias), x)
+
+
+def sees_rows_at_run_time() -> bool:
+    """Whether the mode's GEMM on this machine chooses its kernel when it runs.
+
+    A compiler does not look into the op, so that the number of rows for which a model
+    was compiled or captured does not decide about the kernel.
+    """
+    return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        _linear.name(), "CUDA"
+    )
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor import upstream
-from vllm.model_executor.layers.training.batch_invariance import is_batch_invariant
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.models.builder.loader import EngineLoader
+from vllm.model_executor.models.builder.recorder import ModuleRecorder
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.parity.localise import ModuleRecorder
-from vllm.training.weights import EngineLoader
 
 __all__ = ["describe", "sharding", "start_recording", "stop_recording"]
 
@@ -57,6 +57,8 @@ def describe(worker: Any) -> dict[str, Any]:
         weights: fingerprints of the checkpoint's tensors that this worker's pipeline
             stage holds, by name; None where the model has its own `load_weights`.
         weights_missing: names of this stage's tensors that were never loaded.
+        head, batched: path of the head, on the last pipeline stage, and whether the
+            module is called with [batch, seq]; None of a model with vLLM's interface.
     """
     device = worker.device
     is_cuda = device.type == "cuda"
@@ -64,7 +66,8 @@ def describe(worker: Any) -> dict[str, Any]:
     context = ParallelContext.current()
     extra = worker.vllm_config.additional_config
     shards = extra.get("tp_reduction_shards") if isinstance(extra, dict) else None
-    loader = getattr(worker.get_model(), "loader", None)
+    model = worker.get_model()
+    loader = getattr(model, "loader", None)
     recorded = loader if isinstance(loader, EngineLoader) else None
     return {
         "batch_invariant": is_batch_invariant(),
@@ -79,6 +82,8 @@ def describe(worker: Any) -> dict[str, Any]:
         "tp_reduction_shards": shards or context.tp_size,
         "weights": dict(recorded.fingerprints) if recorded else None,
         "weights_missing": recorded.never_loaded() if recorded else [],
+        "head": getattr(model, "head_path", None),
+        "batched": getattr(model, "batched", None),
     }
 
 
@@ -94,7 +99,7 @@ def sharding(worker: Any) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f"{type(model).__name__} loads its weights itself, so how they are sharded "
             "is not known. Register a builder of a training-only module, or give the "
-            "model a `loader` (vllm.training.weights.EngineLoader)."
+            "model a `loader` (vllm.model_executor.models.builder.loader.EngineLoader)."
         )
     parameters = loader.layout.parameters
     return {name: asdict(parameter) for name, parameter in parameters.items()}
@@ -103,7 +108,7 @@ def sharding(worker: Any) -> dict[str, dict[str, Any]]:
 def _attention_backends(worker: Any) -> list[str]:
     names = set()
     for layer in worker.compilation_config.static_forward_context.values():
-        if isinstance(layer, upstream.Attention):
+        if isinstance(layer, vllm_internals.Attention):
             name = layer.attn_backend.get_name()
             if name == "FLASH_ATTN":
                 impl: Any = layer.impl

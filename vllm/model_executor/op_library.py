@@ -33,7 +33,7 @@ SUPPORTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
 IN_FLOAT64 = "pass float64 inputs, which run in plain torch"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_EXTENSION = Path(__file__).parents[4] / "_training_C.abi3.so"
+_EXTENSION = Path(__file__).parents[1] / "_training_C.abi3.so"
 # For errors: how the extension gets there.
 BUILD_EXTENSION = (
     "install vLLM from source: `pip install --no-build-isolation .` in its source tree "
@@ -68,6 +68,13 @@ def has_kernel(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu":
         return HAS_CPU_KERNELS
     return tensor.device.type == "cuda" and HAS_TRITON
+
+
+@functools.cache
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a block may have the 163 KB of an A100 (others: 99 KB)."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >= 160 * 1024
 
 
 def described(**tensors: torch.Tensor | None) -> str:

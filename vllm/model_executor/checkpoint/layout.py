@@ -16,11 +16,23 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from vllm.model_executor.layers.training.sharding import ParameterSharding, ShardPart
-from vllm.training.declared_sharding import DeclaredSharding, declared_shardings
-from vllm.training.shards import PartName, ShardedParameter, shard_parameter
-from vllm.training.state_dict_hooks import state_dict_hooks
-from vllm.training.wrappers import join, named_modules, named_tensors, own_tensors
+from vllm.model_executor.checkpoint.declared_sharding import (
+    DeclaredSharding,
+    declared_shardings,
+)
+from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.checkpoint.shards import (
+    PartName,
+    ShardedParameter,
+    shard_parameter,
+)
+from vllm.model_executor.checkpoint.state_dict_hooks import state_dict_hooks
+from vllm.model_executor.checkpoint.wrappers import (
+    join,
+    named_modules,
+    named_tensors,
+    own_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,21 @@ class CheckpointLayout:
             stored.append(PartName(full_name, tuple(shape), origin))
             origin += part.size
         return stored
+
+
+def sharding(model: nn.Module) -> dict[str, ShardedParameter]:
+    """How every parameter and persistent buffer of a model is sharded.
+
+    Args:
+        model: a trainer's model, built with the `ParallelContext` of this process, also
+            under DistributedDataParallel or FSDP2. An engine is asked by
+            `llm.collective_rpc("call_training", args=("sharding",))`.
+
+    Returns:
+        What this rank holds, by parameter name. Tied parameters stand under the first
+        of their names.
+    """
+    return CheckpointLayout.of(model).parameters
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner_helpers import (
     create_read_items_for_chunk_list,
 )
 
-from vllm.training.shards import ShardedParameter
+from vllm.model_executor.checkpoint.shards import ShardedParameter
 
 
 @dataclass(frozen=True)

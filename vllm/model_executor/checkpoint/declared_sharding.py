@@ -13,18 +13,17 @@ from typing import NamedTuple
 
 from torch import nn
 
-from vllm.model_executor.layers.training.base import TrainingLayer
-from vllm.model_executor.layers.training.sharding import (
+from vllm.model_executor.checkpoint.sharding import (
     ParameterSharding,
     local_shape,
 )
-from vllm.model_executor.parallel_context import ParallelContext
-from vllm.training.wrappers import (
+from vllm.model_executor.checkpoint.wrappers import (
     join,
     named_modules,
     named_tensors,
     names_without_wrappers,
 )
+from vllm.model_executor.parallel_context import ParallelContext
 
 
 class DeclaredSharding(NamedTuple):
@@ -58,8 +57,7 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
             continue
         context = _context_of(layer, path)
         shardings = method()
-        if not isinstance(layer, TrainingLayer):
-            _check_shapes(layer, path, shardings, context.tp_size)
+        _check_shapes(layer, path, shardings, context.tp_size)
         names = names_without_wrappers(layer)
         for name, sharding in shardings.items():
             declared[join(path, names.get(name, name))] = DeclaredSharding(

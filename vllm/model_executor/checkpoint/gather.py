@@ -11,11 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vllm.model_executor import upstream
-from vllm.training.layout import CheckpointLayout, refuse_meta, tensors_of
-from vllm.training.ranks import gather_objects, rank_and_size
-from vllm.training.shards import held
-from vllm.training.state_dict_hooks import refuse_changing_hooks
+from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.layout import (
+    CheckpointLayout,
+    refuse_meta,
+    tensors_of,
+)
+from vllm.model_executor.checkpoint.ranks import gather_objects, rank_and_size
+from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
 
 # Offset and size of a piece in its tensor.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -140,7 +144,7 @@ class Gatherer:
 
 def _communication_device() -> torch.device:
     """Where tensors have to be for a collective of the default group."""
-    platform = upstream.current_platform
+    platform = vllm_internals.current_platform
     if dist.is_initialized() and dist.get_backend() == platform.dist_backend:
         return torch.device(platform.device_type)
     return torch.device("cpu")

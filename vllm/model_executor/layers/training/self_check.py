@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Probing on this machine that results do not depend on the batch.
-
-Batch invariance is a property of kernels on a machine: of the instructions it has, and
-of the libraries that choose among kernels by shape. So every shape of a model is tried
-with random numbers before the mode is relied on.
-"""
+"""Probing every shape of a model on this machine; see `determinism.probes`."""
 
 from __future__ import annotations
 
@@ -17,52 +12,31 @@ import torch
 from torch import nn
 
 from vllm.logger import init_logger
+from vllm.model_executor.determinism.mode import batch_invariant
+from vllm.model_executor.determinism.probes import (
+    BatchInvarianceError,
+    LinearShape,
+    probe_linear,
+    random_tensor,
+    require_equal,
+)
 from vllm.model_executor.layers.training.attention import TrainableAttention
-from vllm.model_executor.layers.training.batch_invariance import batch_invariant
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 from vllm.model_executor.layers.training.linear import RowParallelLinear
 from vllm.model_executor.layers.training.linear_base import ParallelLinear
 from vllm.model_executor.layers.training.ops.attention import table, vllm_flash
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
-from vllm.model_executor.layers.training.ops.linear.op import linear
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
-# Numbers of rows, around the sizes at which kernels change their tiles.
-ROWS = (1, 2, 3, 7, 8, 16, 33, 64, 255, 1024)
-# Of which as many are tried as these numbers of multiply-adds allow for a shape.
-BUDGET = {"cpu": 1 << 30, "cuda": 1 << 37}
 # Tokens of the sequence whose prefixes are attended to.
 TOKENS = (1, 2, 9, 33, 130, 257)
 # Tokens of a page of the engine's keys.
 PAGE_SIZE = 16
-# Rows of a random weight; more are copies, which are multiplied alike.
-DISTINCT_ROWS = 256
-
-
-class BatchInvarianceError(RuntimeError):
-    """A kernel's result depends on the batch on this machine."""
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """A product x W^T + b with W of shape [out_features, in_features]."""
-
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-    bias: bool = False
-
-    def __str__(self) -> str:
-        bias = " and a bias" if self.bias else ""
-        return (
-            f"the linear of weight [{self.out_features}, {self.in_features}]{bias} in "
-            f"{self.dtype}"
-        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +187,7 @@ def self_check_shapes(
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad(), batch_invariant():
         for linear_shape in dict.fromkeys(linears):
-            _probe_linear(linear_shape, device, generator)
+            probe_linear(linear_shape, device, generator)
         for attention_shape in dict.fromkeys(attentions):
             _probe_attention(attention_shape, device, generator)
 
@@ -246,45 +220,13 @@ def attention_shapes(model: nn.Module) -> Iterator[AttentionShape]:
             )
 
 
-def _random(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
-def _probe_linear(
-    shape: LinearShape, device: torch.device, generator: torch.Generator
-) -> None:
-    """Every product of m rows equals those rows of the product of the most rows."""
-    distinct = min(shape.out_features, DISTINCT_ROWS)
-    copies = -(-shape.out_features // distinct)
-    weight = _random((distinct, shape.in_features), shape.dtype, device, generator)
-    weight = weight.repeat(copies, 1)[: shape.out_features]
-    bias = weight[:, 0].contiguous() if shape.bias else None
-    counts = _row_counts(weight.numel(), BUDGET[device.type])
-    x = _random((counts[-1], shape.in_features), shape.dtype, device, generator)
-    whole = linear(x, weight, bias)
-    for count in counts[:-1]:
-        # The last ones: a row's place must not matter either.
-        part = linear(x[-count:].contiguous(), weight, bias)
-        _require_equal(f"{shape}, {count} rows", part, whole[-count:], len(x))
-
-
-def _row_counts(weight_size: int, budget: int) -> list[int]:
-    counts = [count for count in ROWS if 3 * count * weight_size <= budget]
-    return counts if len(counts) > 2 else list(ROWS[:3])
-
-
 def _probe_attention(
     shape: AttentionShape, device: torch.device, generator: torch.Generator
 ) -> None:
     """The rows of every prefix, alone and beside others, are those of the whole."""
     length = TOKENS[-1]
     query, key, value = (
-        _random((length, heads, shape.head_size), shape.dtype, device, generator)
+        random_tensor((length, heads, shape.head_size), shape.dtype, device, generator)
         for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     )
     of_heads = torch.linspace(0.1, 0.9, shape.num_heads, device=device)
@@ -310,15 +252,15 @@ def _probe_attention(
     together = attend(TOKENS)
     for count, beside in zip(TOKENS, together, strict=True):
         what = f"{shape}, a prefix of {count} tokens"
-        _require_equal(f"{what} beside others", beside, whole[:count], length)
+        require_equal(f"{what} beside others", beside, whole[:count], length)
         (alone,) = attend((count,))
-        _require_equal(f"{what} alone", alone, whole[:count], length)
+        require_equal(f"{what} alone", alone, whole[:count], length)
     if shape.forward_on(device) == "fa3":
         sinks = of_heads if shape.sinks else None
         decoded = _decode(shape.spec, query, key, value, sinks)
         last = torch.tensor(TOKENS, device=device) - 1
         what = f"{shape}, decoding from pages of {PAGE_SIZE} tokens"
-        _require_equal(what, decoded, whole[last], length)
+        require_equal(what, decoded, whole[last], length)
 
 
 def _decode(
@@ -347,22 +289,4 @@ def _decode(
         spec.window,
         spec.soft_cap,
         sinks,
-    )
-
-
-def _require_equal(
-    what: str, part: torch.Tensor, expected: torch.Tensor, of: int
-) -> None:
-    if torch.equal(part, expected):
-        return
-    gap = (part.double() - expected.double()).abs().max().item()
-    if part.is_cuda:
-        machine = torch.cuda.get_device_name(part.device)
-    else:
-        machine = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
-    raise BatchInvarianceError(
-        f"Not batch-invariant on {machine}: {what} of {of} differs by up to {gap:.3g} "
-        "from the same in the whole batch. Batch-invariant mode cannot be used for "
-        "this model on this machine; start without VLLM_BATCH_INVARIANT=1, or choose "
-        "another dtype or attention implementation."
     )

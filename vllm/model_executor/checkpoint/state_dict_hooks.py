@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vllm.training.shards import held
-from vllm.training.wrappers import (
+from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.wrappers import (
     join,
     named_modules,
     named_tensors,
