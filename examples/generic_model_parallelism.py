@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from trainer_and_engine import TrainerRanks, positions_of, train_and_serve
 
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.specification import (
     ParameterSharding,
     local_from_full,
 )

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vllm import training
-from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.shards import local_tensor
 from vllm.model_executor.layers.training import token_logprobs
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
@@ -86,7 +86,7 @@ def assembled(model, values):
     """
     own = []
     for name, parameter in training.sharding(model).items():
-        local = held(values[name])
+        local = local_tensor(values[name])
         assert tuple(local.shape) == parameter.local_shape, name
         for shard in parameter.shards:
             piece = shard.local(local).cpu().clone()
@@ -120,7 +120,7 @@ def assert_padding_is_zero(model):
     for name, parameter in training.sharding(model).items():
         for shard in parameter.shards:
             start = shard.local_offsets[0] + shard.sizes[0] if shard.padding else 0
-            rows = held(parameters[name]).narrow(0, start, shard.padding)
+            rows = local_tensor(parameters[name]).narrow(0, start, shard.padding)
             assert rows.eq(0).all(), name
             count += shard.padding
     return count

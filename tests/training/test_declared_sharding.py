@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vllm.model_executor.checkpoint.layout import CheckpointLayout
 from vllm.model_executor.checkpoint.load import load_checkpoint
-from vllm.model_executor.checkpoint.sharding import ParameterSharding
+from vllm.model_executor.checkpoint.specification import ParameterSharding
 from vllm.model_executor.layers.training import ColumnParallelLinear
 from vllm.model_executor.parallel_context import ParallelContext
 

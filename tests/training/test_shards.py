@@ -8,31 +8,34 @@ import pytest
 import torch
 
 from vllm.model_executor.checkpoint import shards
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.shards import local_parameter
+from vllm.model_executor.checkpoint.specification import (
+    CheckpointTensor,
     ParameterSharding,
-    ShardPart,
+    Part,
     local_from_full,
     part_slices,
     split_parts,
 )
-from vllm.model_executor.checkpoint.shards import PartName, shard_parameter
+from vllm.model_executor.parallel_context import ParallelContext
 
+DTYPE = torch.float32
 QKV = (
-    ShardPart("q_proj", "q", 24),
-    ShardPart("k_proj", "k", 12, replicas=2),
-    ShardPart("v_proj", "v", 12, replicas=2),
+    Part("q_proj", "q", 24),
+    Part("k_proj", "k", 12, replicas=2),
+    Part("v_proj", "v", 12, replicas=2),
 )
 SHARDINGS = {
     "qkv": (ParameterSharding((48, 5), 0, QKV), 4),
     "one rank": (
-        ParameterSharding((48, 5), 0, QKV[:1] + (ShardPart("x", "k", 24),)),
+        ParameterSharding((48, 5), 0, QKV[:1] + (Part("x", "k", 24),)),
         1,
     ),
     "vocabulary": (
-        ParameterSharding((10, 3), 0, (ShardPart(None, None, 10, padded_size=32),)),
+        ParameterSharding((10, 3), 0, (Part(None, None, 10, padded_size=32),)),
         4,
     ),
-    "row": (ParameterSharding((5, 12), 1, (ShardPart(None, None, 12),)), 3),
+    "row": (ParameterSharding((5, 12), 1, (Part(None, None, 12),)), 3),
     "whole": (ParameterSharding.replicated((7, 2)), 2),
     "vector": (ParameterSharding((48,), 0, QKV), 4),
 }
@@ -41,14 +44,27 @@ SHARDINGS = {
 def stored_as(sharding, named):
     """Each part as a tensor of its own, or all in one."""
     if not named or sharding.dim is None:
-        return [PartName("w", tuple(sharding.shape), 0) for _ in sharding.parts]
-    names, origin = [], 0
+        whole = CheckpointTensor(
+            "w", "w", sharding.shape, DTYPE, sharding.parts, sharding.dim
+        )
+        return [whole] * len(sharding.parts)
+    tensors, origin = [], 0
     for part in sharding.parts:
         shape = list(sharding.shape)
         shape[sharding.dim] = part.size
-        names.append(PartName(f"{part.name}.w", tuple(shape), origin))
+        tensors.append(
+            CheckpointTensor(
+                f"{part.name}.w",
+                "w",
+                torch.Size(shape),
+                DTYPE,
+                (part,),
+                sharding.dim,
+                origin,
+            )
+        )
         origin += part.size
-    return names
+    return tensors
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
@@ -62,7 +78,7 @@ def test_boxes_are_what_cutting_gives(case, named, dp_size, monkeypatch):
     tensors = {"w": full}
     if named and sharding.dim is not None:
         parts = split_parts(full, sharding)
-        tensors = {name.tensor: part for name, part in zip(stored, parts)}
+        tensors = {tensor.name: part for tensor, part in zip(stored, parts)}
     covered = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for tp_rank in range(tp_size):
         whole = local_from_full(full, sharding, tp_rank, tp_size)
@@ -70,8 +86,9 @@ def test_boxes_are_what_cutting_gives(case, named, dp_size, monkeypatch):
         for local in whole.chunk(dp_size):
             box = (first, *[0] * (local.dim() - 1)), tuple(local.shape), {}
             first += len(local)
-            monkeypatch.setattr(shards, "_held_box", lambda tensor, box=box: box)
-            parameter = shard_parameter("w", local, sharding, stored, tp_rank, tp_size)
+            monkeypatch.setattr(shards, "_local_box", lambda tensor, box=box: box)
+            context = ParallelContext(tp_rank=tp_rank, tp_size=tp_size)
+            parameter = local_parameter("w", local, sharding, stored, context)
             assert parameter.local_shape == tuple(local.shape)
             target = torch.full_like(local, torch.nan)
             for shard in parameter.shards:
@@ -92,7 +109,8 @@ def test_the_description_is_plain_values():
     sharding, tp_size = SHARDINGS["qkv"]
     local = torch.zeros(12, 5)
     stored = stored_as(sharding, True)
-    parameter = shard_parameter("qkv.w", local, sharding, stored, 2, tp_size)
+    context = ParallelContext(tp_rank=2, tp_size=tp_size)
+    parameter = local_parameter("qkv.w", local, sharding, stored, context)
     description = asdict(parameter)
     key = {
         "tensor": "k_proj.w",

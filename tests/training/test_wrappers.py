@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from vllm import training
 from vllm.model_executor.checkpoint.layout import CheckpointLayout
 from vllm.model_executor.checkpoint.save import checkpoint_tensors
-from vllm.model_executor.checkpoint.sharding import ParameterSharding
+from vllm.model_executor.checkpoint.specification import ParameterSharding
 from vllm.model_executor.layers.training import ColumnParallelLinear
 from vllm.model_executor.models.builder import PipelineLayers
 from vllm.model_executor.models.builder.loader import EngineLoader

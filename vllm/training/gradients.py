@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from vllm.model_executor.checkpoint.layout import CheckpointLayout, tensors_of
 from vllm.model_executor.checkpoint.shards import (
-    ShardedParameter,
-    held,
+    LocalParameter,
+    local_tensor,
     sharded_mesh_dims,
 )
 from vllm.model_executor.parallel_context import ParallelContext
@@ -57,7 +57,7 @@ def clip_grad_norm_(
         tensor = tensors[name]
         if tensor.grad is None:
             continue
-        gradient = held(_placed_as(tensor))
+        gradient = local_tensor(_placed_as(tensor))
         gradients.append(gradient)
         for shard in parameter.shards:
             norm = torch.linalg.vector_norm(shard.local(gradient), dtype=dtype)
@@ -94,7 +94,7 @@ def _placed_as(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _holders(
-    parameter: ShardedParameter, tensor: torch.Tensor, context: ParallelContext
+    parameter: LocalParameter, tensor: torch.Tensor, context: ParallelContext
 ) -> int:
     """How many ranks of tensor and data parallelism hold an element, without replicas.
 

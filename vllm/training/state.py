@@ -39,7 +39,7 @@ from vllm.model_executor.checkpoint.reshard import (
     stored_tensors,
     write_pieces,
 )
-from vllm.model_executor.checkpoint.shards import ShardedParameter, held
+from vllm.model_executor.checkpoint.shards import LocalParameter, local_tensor
 from vllm.model_executor.checkpoint.state_dict_hooks import refuse_extra_state
 
 RECORD_NAME = "optimizer.pt"
@@ -178,11 +178,11 @@ class _Trained:
 
     def weights(self) -> Iterator[Piece]:
         for name, parameter in self.parameters.items():
-            yield from pieces_of(parameter, held(self.tensors[name]), "model.")
+            yield from pieces_of(parameter, local_tensor(self.tensors[name]), "model.")
 
     def state_pieces(self, name: str, key: str, tensor: torch.Tensor) -> list[Piece]:
         prefix = _state_prefix(key)
-        return [*pieces_of(self.parameters[name], held(tensor), prefix)]
+        return [*pieces_of(self.parameters[name], local_tensor(tensor), prefix)]
 
     def resume(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Load weights and state that have been found to fit.
@@ -203,7 +203,7 @@ class _Trained:
         read_pieces(directory, pieces)
         for name, parameter in self.parameters.items():
             for shard in parameter.shards:
-                parameter.clear_padding(held(self.tensors[name]), shard)
+                parameter.clear_padding(local_tensor(self.tensors[name]), shard)
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self._groups(saved)}
         )
@@ -284,7 +284,7 @@ class _Fit:
     def _compare(
         self,
         prefix: str,
-        parameter: ShardedParameter,
+        parameter: LocalParameter,
         dtype: torch.dtype,
         stored: Mapping[str, TensorStorageMetadata],
     ) -> None:
@@ -387,7 +387,7 @@ def _single(value: Any) -> Any:
 def _storable(value: Any) -> Any:
     """With tensors on the CPU and numbers that torch reads without running code."""
     if isinstance(value, torch.Tensor):
-        return held(value).cpu()
+        return local_tensor(value).cpu()
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (list, tuple):

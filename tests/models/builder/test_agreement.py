@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm.model_executor.checkpoint.layout import CheckpointLayout, LayoutCheck
+from vllm.model_executor.checkpoint.layout import CheckpointLayout, LayoutComparison
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     TrainableAttention,
@@ -89,7 +89,7 @@ def test_an_embedding_on_two_stages_of_which_one_ties_it(monkeypatch, head_first
             ["head.weight"],
             ["head.weight", "embed.weight"],
         ):
-            check = LayoutCheck(layout)
+            check = LayoutComparison(layout)
             assert any([check.match(name, (5, 2), torch.float32) for name in names])
             check.finish(check.missing())
 

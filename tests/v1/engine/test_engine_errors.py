@@ -29,22 +29,22 @@ def test_no_answer_is_taken_for_one_to_the_next_call():
     late = Answers(None, "old", "new")
     executor, queues = SimpleNamespace(), [failed, prompt, late]
     assert failed.dequeue() == "error"
-    engine_errors.settle(executor, queues, failed)
+    engine_errors.drain_answers(executor, queues, failed)
     for queue in (prompt, late):
-        engine_errors.discard_owed(executor, queue, timeout=1.0)
+        engine_errors.discard_late_answers(executor, queue, timeout=1.0)
         assert queue.dequeue() == "new"
         # Nothing is owed any more.
-        engine_errors.discard_owed(executor, queue, timeout=1.0)
+        engine_errors.discard_late_answers(executor, queue, timeout=1.0)
         assert queue.answers == []
 
 
 def test_an_answer_that_stays_owed():
     failed, silent = Answers("error"), Answers(None, None, "old", "new")
     executor = SimpleNamespace()
-    engine_errors.settle(executor, [failed, silent], failed)
+    engine_errors.drain_answers(executor, [failed, silent], failed)
     with pytest.raises(TimeoutError):
-        engine_errors.discard_owed(executor, silent, timeout=0.0)
-    engine_errors.discard_owed(executor, silent, timeout=1.0)
+        engine_errors.discard_late_answers(executor, silent, timeout=0.0)
+    engine_errors.discard_late_answers(executor, silent, timeout=1.0)
     assert silent.dequeue() == "new"
 
 

@@ -9,11 +9,10 @@ A parameter that no module speaks for is held whole by each rank, unless it is a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import nn
 
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.specification import (
     ParameterSharding,
     local_shape,
 )
@@ -26,15 +25,9 @@ from vllm.model_executor.checkpoint.wrappers import (
 from vllm.model_executor.parallel_context import ParallelContext
 
 
-class DeclaredSharding(NamedTuple):
-    """A parameter's sharding and this process's place among those that share it."""
-
-    sharding: ParameterSharding
-    tp_rank: int
-    tp_size: int
-
-
-def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
+def declared_shardings(
+    module: nn.Module,
+) -> dict[str, tuple[ParameterSharding, ParallelContext]]:
     """What the modules in `module` declare, by parameter name.
 
     A module declares by a method `parameter_sharding()`, which returns
@@ -45,12 +38,15 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
     Args:
         module: Not yet bound to an engine.
 
+    Returns:
+        The sharding and the context, which says what this rank's shard is.
+
     Raises:
         TypeError: `parallel_context` is missing.
         ValueError: A name that is no parameter, or a local shape that does not follow
             from the sharding.
     """
-    declared: dict[str, DeclaredSharding] = {}
+    declared = {}
     for path, _, layer in named_modules(module):
         method = getattr(layer, "parameter_sharding", None)
         if not callable(method):
@@ -60,9 +56,7 @@ def declared_shardings(module: nn.Module) -> dict[str, DeclaredSharding]:
         _check_shapes(layer, path, shardings, context.tp_size)
         names = names_without_wrappers(layer)
         for name, sharding in shardings.items():
-            declared[join(path, names.get(name, name))] = DeclaredSharding(
-                sharding, context.tp_rank, context.tp_size
-            )
+            declared[join(path, names.get(name, name))] = sharding, context
     return declared
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,36 +17,12 @@ from vllm.model_executor.checkpoint.layout import (
     tensors_of,
 )
 from vllm.model_executor.checkpoint.ranks import gather_objects, rank_and_size
-from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.shards import local_tensor
+from vllm.model_executor.checkpoint.specification import CheckpointTensor
 from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
 
-# Offset and size of a piece in its tensor.
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass
-class GatherPlan:
-    """Where the pieces of one checkpoint tensor are.
-
-    Attributes:
-        shape: the tensor's full shape.
-        dtype: its dtype.
-        owners: the ranks that hold each piece, ascending.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    owners: dict[Box, list[int]] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the pieces have all of the tensor's elements."""
-        present = sum(math.prod(sizes) for _, sizes in self.owners)
-        return present == math.prod(self.shape)
+# Offsets and sizes of a shard in its tensor.
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Gatherer:
@@ -59,7 +34,7 @@ class Gatherer:
             no communication at all; else all ranks take part in any case.
 
     Attributes:
-        plans: the checkpoint's tensors by name, in the order they are gathered in.
+        tensors: the checkpoint's tensors by name, in the order they are gathered in.
         rank: this process's.
 
     Raises:
@@ -68,49 +43,44 @@ class Gatherer:
     """
 
     def __init__(self, module: nn.Module, alone: bool) -> None:
-        self._pieces: dict[str, dict[Box, torch.Tensor]] = {}
-        self.plans: dict[str, GatherPlan] = {}
         self.rank, self._world_size = rank_and_size()
-        own, is_sharded = self._own(module)
-        if alone and not is_sharded:
-            self._world_size, everyone = 1, {self.rank: own}
-        else:
-            everyone = dict(enumerate(gather_objects(own)))
-        for rank, theirs in everyone.items():
-            for name, plan in theirs.items():
-                mine = GatherPlan(plan.shape, plan.dtype)
-                owners = self.plans.setdefault(name, mine).owners
-                for box in plan.owners:
-                    owners.setdefault(box, []).append(rank)
-        self._check()
-
-    def _own(self, module: nn.Module) -> tuple[dict[str, GatherPlan], bool]:
-        """The tensors and pieces that this rank holds; whether ranks cut the module.
-
-        The latter is the same on every rank, whatever pieces it holds.
-        """
-        own: dict[str, GatherPlan] = {}
+        self.tensors: dict[str, CheckpointTensor] = {}
+        # By tensor, and by a shard's offsets and sizes: this rank's memory, and the
+        # ranks that hold the shard, ascending.
+        self._own: dict[str, dict[_Box, torch.Tensor]] = {}
+        self._owners: dict[str, dict[_Box, list[int]]] = {}
         tensors = tensors_of(module)
         refuse_meta(tensors)
         refuse_changing_hooks(module)
-        parameters = CheckpointLayout.of(module).parameters
-        for name, parameter in parameters.items():
-            local = held(tensors[name])
+        layout = CheckpointLayout.of(module)
+        for name, parameter in layout.parameters.items():
+            local = local_tensor(tensors[name])
             for shard in parameter.shards:
-                plan = GatherPlan(shard.shape, local.dtype)
-                plan = own.setdefault(shard.tensor, plan)
+                own = self._own.setdefault(shard.tensor, {})
                 if shard.numel:
-                    box = (shard.offsets, shard.sizes)
-                    plan.owners[box] = [self.rank]
-                    self._pieces.setdefault(shard.tensor, {})[box] = shard.local(local)
-        return own, any(parameter.dims for parameter in parameters.values())
+                    own[shard.offsets, shard.sizes] = shard.local(local)
+        boxes = [(layout.tensors[name], list(own)) for name, own in self._own.items()]
+        # The same on every rank, whatever it holds.
+        is_sharded = any(parameter.dims for parameter in layout.parameters.values())
+        if alone and not is_sharded:
+            self._world_size, everyone = 1, {self.rank: boxes}
+        else:
+            everyone = dict(enumerate(gather_objects(boxes)))
+        for rank, theirs in everyone.items():
+            for tensor, held in theirs:
+                self.tensors.setdefault(tensor.name, tensor)
+                owners = self._owners.setdefault(tensor.name, {})
+                for box in held:
+                    owners.setdefault(box, []).append(rank)
+        self._refuse_incomplete()
 
-    def _check(self) -> None:
-        for name, plan in self.plans.items():
-            if not plan.is_whole:
+    def _refuse_incomplete(self) -> None:
+        for name, tensor in self.tensors.items():
+            present = sum(math.prod(sizes) for _, sizes in self._owners[name])
+            if present != tensor.shape.numel():
                 raise RuntimeError(
-                    f"{name} of shape {list(plan.shape)} is sharded, and the pieces of "
-                    f"the {self._world_size} process(es) do not add up to it. A "
+                    f"{name} of shape {list(tensor.shape)} is sharded, and the pieces "
+                    f"of the {self._world_size} process(es) do not add up to it. A "
                     "sharded module is gathered by all the processes it is sharded "
                     "over: build it with the context of "
                     "vllm.training.initialize_parallel()."
@@ -123,18 +93,18 @@ class Gatherer:
             A view of the module's own memory where every rank holds the tensor whole,
             else a new tensor on the device that the ranks communicate on.
         """
-        plan = self.plans[name]
-        pieces = self._pieces.get(name, {})
-        whole = ((0,) * len(plan.shape), plan.shape)
-        if len(plan.owners.get(whole, ())) == self._world_size:
-            return pieces[whole]
+        tensor, owners_of = self.tensors[name], self._owners[name]
+        own = self._own.get(name, {})
+        whole = (0,) * len(tensor.shape), tuple(tensor.shape)
+        if len(owners_of.get(whole, ())) == self._world_size:
+            return own[whole]
         device = _communication_device()
-        full = torch.empty(plan.shape, dtype=plan.dtype, device=device)
-        for (offsets, sizes), owners in plan.owners.items():
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for (offsets, sizes), owners in owners_of.items():
             if owners[0] == self.rank:
-                piece = pieces[offsets, sizes].to(device).contiguous()
+                piece = own[offsets, sizes].to(device).contiguous()
             else:
-                piece = torch.empty(sizes, dtype=plan.dtype, device=device)
+                piece = torch.empty(sizes, dtype=tensor.dtype, device=device)
             if self._world_size > 1:
                 dist.broadcast(piece, src=owners[0])
             box = tuple(slice(a, a + n) for a, n in zip(offsets, sizes))

@@ -9,22 +9,18 @@ tensors if the layer names them, and is accepted whole as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from vllm.model_executor.checkpoint.declared_sharding import (
-    DeclaredSharding,
-    declared_shardings,
-)
-from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
-from vllm.model_executor.checkpoint.shards import (
-    PartName,
-    ShardedParameter,
-    shard_parameter,
+from vllm.model_executor.checkpoint.declared_sharding import declared_shardings
+from vllm.model_executor.checkpoint.shards import LocalParameter, local_parameter
+from vllm.model_executor.checkpoint.specification import (
+    CheckpointTensor,
+    ParameterSharding,
 )
 from vllm.model_executor.checkpoint.state_dict_hooks import state_dict_hooks
 from vllm.model_executor.checkpoint.wrappers import (
@@ -33,36 +29,7 @@ from vllm.model_executor.checkpoint.wrappers import (
     named_tensors,
     own_tensors,
 )
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        parameter: Name of the parameter or buffer that holds it.
-        shape: Its full, unsharded shape.
-        dtype: The parameter's.
-        parts: The parts of the parameter's sharding that it consists of: one, or
-            all for a fused parameter as a whole.
-        dim: The dimension along which the parts lie; None if not sharded.
-        origin: Where the tensor begins in the parameter, along `dim`.
-    """
-
-    parameter: str
-    shape: torch.Size
-    dtype: torch.dtype
-    parts: tuple[ShardPart, ...]
-    dim: int | None
-    origin: int = 0
-
-    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[ShardPart, torch.Tensor]]:
-        """`tensor` cut into its parts."""
-        if len(self.parts) == 1 or self.dim is None:
-            yield self.parts[0], tensor
-        else:
-            sizes = [part.size for part in self.parts]
-            yield from zip(self.parts, tensor.split(sizes, dim=self.dim))
+from vllm.model_executor.parallel_context import ParallelContext
 
 
 @dataclass
@@ -82,7 +49,7 @@ class CheckpointLayout:
     tensors: dict[str, CheckpointTensor] = field(default_factory=dict)
     fused: dict[str, CheckpointTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, ShardedParameter] = field(default_factory=dict)
+    parameters: dict[str, LocalParameter] = field(default_factory=dict)
     hooks: list[str] = field(default_factory=list)
 
     @classmethod
@@ -105,12 +72,14 @@ class CheckpointLayout:
                     layout.aliases[full_name] = seen[id(tensor)]
                     continue
                 seen[id(tensor)] = full_name
-                sharding, rank, size = declared.get(full_name) or DeclaredSharding(
-                    ParameterSharding.replicated(tensor.shape), 0, 1
+                replicated = (
+                    ParameterSharding.replicated(tensor.shape),
+                    ParallelContext(),
                 )
+                sharding, context = declared.get(full_name, replicated)
                 stored = layout._add(path, name, sharding, tensor.dtype)
-                layout.parameters[full_name] = shard_parameter(
-                    full_name, tensor, sharding, stored, rank, size
+                layout.parameters[full_name] = local_parameter(
+                    full_name, tensor, sharding, stored, context
                 )
         return layout
 
@@ -121,30 +90,38 @@ class CheckpointLayout:
 
     def _add(
         self, path: str, name: str, sharding: ParameterSharding, dtype: torch.dtype
-    ) -> list[PartName]:
-        """Name the tensors of a parameter; returns where each part is stored."""
+    ) -> list[CheckpointTensor]:
+        """Add a parameter's tensors; returns the one that each part is stored in."""
         parameter = join(path, name)
         parts, dim = sharding.parts, sharding.dim
-        whole = CheckpointTensor(parameter, sharding.shape, dtype, parts, dim)
+        whole = CheckpointTensor(
+            parameter, parameter, sharding.shape, dtype, parts, dim
+        )
         if dim is None or any(part.name is None for part in parts):
             self.tensors[parameter] = whole
-            return [PartName(parameter, tuple(sharding.shape), 0) for _ in parts]
+            return [whole] * len(parts)
         self.fused[parameter] = whole
         parent = path.rpartition(".")[0]
         stored, origin = [], 0
         for part in parts:
             shape = list(sharding.shape)
             shape[dim] = part.size
-            full_name = join(parent, part.name or "", name)
-            self.tensors[full_name] = CheckpointTensor(
-                parameter, torch.Size(shape), dtype, (part,), dim, origin
+            tensor = CheckpointTensor(
+                join(parent, part.name or "", name),
+                parameter,
+                torch.Size(shape),
+                dtype,
+                (part,),
+                dim,
+                origin,
             )
-            stored.append(PartName(full_name, tuple(shape), origin))
+            self.tensors[tensor.name] = tensor
+            stored.append(tensor)
             origin += part.size
         return stored
 
 
-def sharding(model: nn.Module) -> dict[str, ShardedParameter]:
+def sharding(model: nn.Module) -> dict[str, LocalParameter]:
     """How every parameter and persistent buffer of a model is sharded.
 
     Args:
@@ -190,7 +167,7 @@ FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WRONG_DTYPE = "Wrong dtype; only fp64, fp32, bf16 and fp16 are converted to each other"
 
 
-class LayoutCheck:
+class LayoutComparison:
     """Compares the tensors of a checkpoint with a layout, all of them.
 
     Attributes:

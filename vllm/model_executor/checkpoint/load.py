@@ -15,11 +15,11 @@ from vllm.model_executor.checkpoint.files import checkpoint_files, opened
 from vllm.model_executor.checkpoint.fingerprint import same_bits
 from vllm.model_executor.checkpoint.layout import (
     CheckpointLayout,
-    LayoutCheck,
+    LayoutComparison,
     refuse_meta,
     tensors_of,
 )
-from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.shards import local_tensor
 from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
 
 
@@ -43,7 +43,7 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     refuse_meta(targets)
     refuse_changing_hooks(module)
     with opened(directory, checkpoint_files(directory)) as files:
-        check = LayoutCheck(layout)
+        check = LayoutComparison(layout)
         matched = {
             name: check.match(name, *_shape_and_dtype(file, name))
             for name, file in files.items()
@@ -58,7 +58,7 @@ def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
             if entry is None:
                 continue
             sharded = layout.parameters[entry.parameter]
-            target = held(targets[entry.parameter])
+            target = local_tensor(targets[entry.parameter])
             parts = {part.shard_id for part in entry.parts}
             for shard in sharded.shards:
                 if shard.part in parts:

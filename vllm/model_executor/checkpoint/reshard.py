@@ -41,12 +41,12 @@ from torch.distributed.checkpoint.planner_helpers import (
     create_read_items_for_chunk_list,
 )
 
-from vllm.model_executor.checkpoint.shards import ShardedParameter
+from vllm.model_executor.checkpoint.shards import LocalParameter
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a stored tensor, and the memory that holds it on this rank.
+    """A shard of a stored tensor, and the memory that holds it on this rank.
 
     Attributes:
         name: of the stored tensor.
@@ -70,7 +70,7 @@ class Piece:
 
 
 def pieces_of(
-    parameter: ShardedParameter, tensor: torch.Tensor, prefix: str
+    parameter: LocalParameter, tensor: torch.Tensor, prefix: str
 ) -> Iterator[Piece]:
     """The pieces of a tensor that is sharded as a parameter is.
 

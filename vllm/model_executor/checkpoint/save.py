@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from vllm.model_executor.checkpoint.files import CheckpointWriter
-from vllm.model_executor.checkpoint.gather import Gatherer, GatherPlan
+from vllm.model_executor.checkpoint.gather import Gatherer
 from vllm.model_executor.checkpoint.ranks import on_rank_0
+from vllm.model_executor.checkpoint.specification import CheckpointTensor
 
 
 def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -29,7 +30,7 @@ def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         RuntimeError: The processes together do not hold the module.
     """
     gatherer = Gatherer(module, alone=True)
-    for name in gatherer.plans:
+    for name in gatherer.tensors:
         yield name, gatherer.gather(name)
 
 
@@ -56,7 +57,7 @@ def save_checkpoint(
             not write; the message says why.
     """
     gatherer = Gatherer(module, alone=False)
-    groups = _file_groups(gatherer.plans, max_shard_size)
+    groups = _file_groups(gatherer.tensors, max_shard_size)
     writer = CheckpointWriter(Path(directory), len(groups))
     try:
         on_rank_0(writer.begin)
@@ -74,16 +75,18 @@ def save_checkpoint(
             writer.discard()
 
 
-def _file_groups(plans: Mapping[str, GatherPlan], limit: int) -> list[list[str]]:
+def _file_groups(
+    checkpoint: Mapping[str, CheckpointTensor], limit: int
+) -> list[list[str]]:
     """The tensors of each file: in order, up to `limit` bytes, at least one."""
     if not isinstance(limit, int) or limit < 1:
         raise ValueError(f"max_shard_size={limit!r} must be a number of bytes above 0.")
     groups: list[list[str]] = [[]]
     room = limit
-    for name, plan in plans.items():
-        if groups[-1] and plan.num_bytes > room:
+    for name, tensor in checkpoint.items():
+        if groups[-1] and tensor.num_bytes > room:
             groups.append([])
             room = limit
         groups[-1].append(name)
-        room -= plan.num_bytes
+        room -= tensor.num_bytes
     return groups

@@ -16,11 +16,13 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.specification import (
+    CheckpointTensor,
     ParameterSharding,
     part_rows,
     part_slices,
 )
+from vllm.model_executor.parallel_context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class TensorShard:
     padding: int
     replicas: int
 
-    def local(self, held: torch.Tensor) -> torch.Tensor:
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """The piece as a view of what this rank holds of the parameter."""
-        return held[_box(self.local_offsets, self.sizes)]
+        return tensor[_box(self.local_offsets, self.sizes)]
 
     @property
     def numel(self) -> int:
@@ -67,7 +69,7 @@ class TensorShard:
 
 
 @dataclass(frozen=True)
-class ShardedParameter:
+class LocalParameter:
     """One parameter or persistent buffer of a model, as this rank holds it.
 
     Attributes:
@@ -102,121 +104,77 @@ class ShardedParameter:
             offsets[self.dim] -= origin
         return _box(offsets, shard.sizes)
 
-    def put(self, held: torch.Tensor, shard: TensorShard, piece: torch.Tensor) -> None:
+    def put(
+        self, tensor: torch.Tensor, shard: TensorShard, piece: torch.Tensor
+    ) -> None:
         """Copy a shard's piece to its place, and zero the padding behind it.
 
         Args:
-            held: shape = local_shape.
+            tensor: what this rank holds, shape = local_shape.
             shard: one of `shards`.
             piece: shape = shard.sizes.
         """
-        shard.local(held).copy_(piece)
-        self.clear_padding(held, shard)
+        shard.local(tensor).copy_(piece)
+        self.clear_padding(tensor, shard)
 
-    def clear_padding(self, held: torch.Tensor, shard: TensorShard) -> None:
+    def clear_padding(self, tensor: torch.Tensor, shard: TensorShard) -> None:
         """Zero the padding behind a shard."""
         if shard.padding and self.dim is not None:
             start = shard.local_offsets[self.dim] + shard.sizes[self.dim]
-            held.narrow(self.dim, start, shard.padding).zero_()
+            tensor.narrow(self.dim, start, shard.padding).zero_()
 
 
-@dataclass(frozen=True)
-class PartName:
-    """The checkpoint tensor that a part of a parameter is stored in.
-
-    Attributes:
-        tensor: its name.
-        shape: its full shape.
-        origin: where the tensor begins in the full parameter, along its `dim`.
-    """
-
-    tensor: str
-    shape: tuple[int, ...]
-    origin: int
-
-
-def shard_parameter(
+def local_parameter(
     name: str,
     tensor: torch.Tensor,
     sharding: ParameterSharding,
-    stored: Sequence[PartName],
-    tp_rank: int,
-    tp_size: int,
-) -> ShardedParameter:
+    stored: Sequence[CheckpointTensor],
+    context: ParallelContext,
+) -> LocalParameter:
     """Describe what this rank holds of a parameter.
 
     Args:
         name: the parameter's name.
         tensor: the parameter; a DTensor is sharded further, as FSDP2 does.
-        sharding: how it is cut over the tensor-parallel ranks.
+        sharding: how it is sharded over the tensor-parallel ranks.
         stored: the checkpoint tensor of each of the sharding's parts.
-        tp_rank: this rank.
-        tp_size: number of ranks.
+        context: of this rank.
     """
-    offsets, sizes, dims = _held_box(tensor)
-    if sharding.dim is not None and tp_size > 1:
-        dims = {"tp": sharding.dim} | dims
+    offsets, sizes, dims = _local_box(tensor)
+    dim, tp_size = sharding.dim, context.tp_size
+    if dim is not None and tp_size > 1:
+        dims = {"tp": dim} | dims
     shards, start = [], 0
     places = part_slices(sharding, tp_size)
     for part, place, where in zip(sharding.parts, places, stored, strict=True):
-        run = _Run(0, 0, 0, 0)
-        if sharding.dim is not None:
-            row, count = part_rows(part, tp_rank, tp_size)
-            first, size = offsets[sharding.dim], sizes[sharding.dim]
-            run = _Run.of(place, row, count, first, first + size)
+        row = local_row = size = padding = 0
+        if dim is not None:
+            # The part's rows in the tensor-parallel shard, of which a DTensor has some.
+            row, count = part_rows(part, context.tp_rank, tp_size)
+            first, last = offsets[dim], offsets[dim] + sizes[dim]
+            begin = min(max(place.start, first), place.stop)
+            end = max(begin, min(place.stop, last))
+            skipped = min(begin - place.start, count)
+            size = min(end - begin, count - skipped)
+            padding = end - begin - size
+            row, local_row = row + skipped, begin - first
         shard = TensorShard(
-            tensor=where.tensor,
+            tensor=where.name,
             part=part.shard_id,
             part_start=start,
-            shape=where.shape,
-            sizes=_with(sizes, sharding.dim, run.size),
-            offsets=_with(offsets, sharding.dim, start + run.row - where.origin),
-            parameter_offsets=_with(offsets, sharding.dim, start + run.row),
-            local_offsets=_with((0,) * len(sizes), sharding.dim, run.local),
-            padding=run.padding,
+            shape=tuple(where.shape),
+            sizes=_with(sizes, dim, size),
+            offsets=_with(offsets, dim, start + row - where.origin),
+            parameter_offsets=_with(offsets, dim, start + row),
+            local_offsets=_with((0,) * len(sizes), dim, local_row),
+            padding=padding,
             replicas=part.replicas,
         )
-        rows = _with(shard.sizes, sharding.dim, run.size + run.padding)
+        rows = _with(shard.sizes, dim, size + padding)
         if math.prod(rows) or not math.prod(sharding.shape):
             shards.append(shard)
         start += part.size
-    return ShardedParameter(
-        name, tuple(sharding.shape), sizes, sharding.dim, dims, tuple(shards)
-    )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What this rank holds of a part, along the parameter's `dim`.
-
-    Attributes:
-        row: where it begins in the part.
-        local: where it begins in what this rank holds of the parameter.
-        size: rows of the part.
-        padding: rows of zeros behind them.
-    """
-
-    row: int
-    local: int
-    size: int
-    padding: int
-
-    @classmethod
-    def of(cls, place: slice, row: int, rows: int, first: int, last: int) -> _Run:
-        """The rows of a part within a rank's rows of the tensor-parallel shard.
-
-        Args:
-            place: the part's rows of the shard, padding included.
-            row: where they begin in the part.
-            rows: how many of them are the part's.
-            first: first row of the shard that this rank holds.
-            last: the row behind the last one.
-        """
-        begin = min(max(place.start, first), place.stop)
-        end = max(begin, min(place.stop, last))
-        skipped = min(begin - place.start, rows)
-        size = min(end - begin, rows - skipped)
-        return cls(row + skipped, begin - first, size, end - begin - size)
+    return LocalParameter(name, tuple(sharding.shape), sizes, dim, dims, tuple(shards))
 
 
 def _with(values: tuple[int, ...], dim: int | None, value: int) -> tuple[int, ...]:
@@ -224,13 +182,13 @@ def _with(values: tuple[int, ...], dim: int | None, value: int) -> tuple[int, ..
     return values if dim is None else (*values[:dim], value, *values[dim + 1 :])
 
 
-def held(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory; detached."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _held_box(
+def _local_box(
     tensor: torch.Tensor,
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
     """Offset, size and sharded dims of what this rank holds of a possible DTensor."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vllm.model_executor.checkpoint.shards import held
+from vllm.model_executor.checkpoint.shards import local_tensor
 from vllm.model_executor.checkpoint.wrappers import (
     join,
     named_modules,
@@ -185,7 +185,7 @@ def _loads_plainly(hook: Hook) -> bool:
     """
     module = hook.module
     given = {
-        join(hook.name, name): torch.empty_like(held(tensor), device="meta")
+        join(hook.name, name): torch.empty_like(local_tensor(tensor), device="meta")
         for name, tensor in named_tensors(module)
     }
     state = dict(given)
@@ -212,7 +212,7 @@ def _loads_plainly(hook: Hook) -> bool:
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    meta = torch.empty_like(held(tensor), device="meta")
+    meta = torch.empty_like(local_tensor(tensor), device="meta")
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(meta, requires_grad=False) if is_parameter else meta
 
@@ -221,6 +221,6 @@ def _storage(value: Any) -> tuple:
     """Equal for tensors that are the same memory, seen alike."""
     if not isinstance(value, torch.Tensor):
         return (value,)
-    tensor = held(value)
+    tensor = local_tensor(value)
     place = (tensor.storage_offset(), tuple(tensor.stride()), tuple(tensor.shape))
     return (tensor.untyped_storage()._cdata, tensor.dtype, *place)

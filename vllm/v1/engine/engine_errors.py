@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 FAILED = "FAILED"
-_SECONDS_TO_SETTLE = 5
+_SECONDS_TO_DRAIN = 5
 _NOTING = threading.Lock()
 _LONGEST = 1500
 """Characters of one error; a report this short is written to a pipe in one piece."""
@@ -125,12 +125,12 @@ def raise_death(executor: Any) -> None:
         raise RuntimeError(death) from None
 
 
-def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
+def drain_answers(executor: Any, queues: Sequence[Any], failed: Any) -> None:
     """Called when one worker's answer to a call of all is an error.
 
     Takes the answers of the workers after it out of their queues, where they would be
     taken for answers to the next call. Those that do not come soon are taken out by
-    `discard_owed`.
+    `discard_late_answers`.
 
     Args:
         executor: Whose call it was.
@@ -141,7 +141,7 @@ def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
         RuntimeError: A worker died; names it.
     """
     position = next(i for i, queue in enumerate(queues) if queue is failed)
-    deadline = time.monotonic() + _SECONDS_TO_SETTLE
+    deadline = time.monotonic() + _SECONDS_TO_DRAIN
     for queue in queues[position + 1 :]:
         try:
             queue.dequeue(timeout=max(0.0, deadline - time.monotonic()))
@@ -152,7 +152,7 @@ def settle(executor: Any, queues: Sequence[Any], failed: Any) -> None:
     raise_death(executor)
 
 
-def discard_owed(executor: Any, queue: Any, timeout: float | None) -> None:
+def discard_late_answers(executor: Any, queue: Any, timeout: float | None) -> None:
     """Take late answers to calls that failed out of a queue, before it is read.
 
     Args:

@@ -9,7 +9,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.checkpoint.sharding import local_from_full
+from vllm.model_executor.checkpoint.specification import local_from_full
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     GatherSequence,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm.model_executor.checkpoint.sharding import local_from_full, local_shape
+from vllm.model_executor.checkpoint.specification import local_from_full, local_shape
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,

@@ -5,9 +5,9 @@
 import pytest
 import torch
 
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.specification import (
     ParameterSharding,
-    ShardPart,
+    Part,
     local_from_full,
     local_shape,
     part_slices,
@@ -20,13 +20,13 @@ QKV = ParameterSharding(
     torch.Size((24, 5)),
     0,
     (
-        ShardPart("q_proj", "q", 12),
-        ShardPart("k_proj", "k", 6, replicas=2),
-        ShardPart("v_proj", "v", 6, replicas=2),
+        Part("q_proj", "q", 12),
+        Part("k_proj", "k", 6, replicas=2),
+        Part("v_proj", "v", 6, replicas=2),
     ),
 )
 VOCAB = ParameterSharding(
-    torch.Size((10, 2)), 0, (ShardPart(None, None, 10, padded_size=16),)
+    torch.Size((10, 2)), 0, (Part(None, None, 10, padded_size=16),)
 )
 
 
@@ -55,7 +55,7 @@ def test_padding_is_zero():
 
 
 def test_input_dim_and_replicated_parameters():
-    row = ParameterSharding(torch.Size((3, 8)), 1, (ShardPart(None, None, 8),))
+    row = ParameterSharding(torch.Size((3, 8)), 1, (Part(None, None, 8),))
     full = numbered(row)
     shards = [local_from_full(full, row, rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat(shards, 1), full)
@@ -66,7 +66,7 @@ def test_input_dim_and_replicated_parameters():
 
 def test_one_rank_holds_the_full_parameter():
     full = numbered(VOCAB)
-    unpadded = ParameterSharding(VOCAB.shape, 0, (ShardPart(None, None, 10),))
+    unpadded = ParameterSharding(VOCAB.shape, 0, (Part(None, None, 10),))
     assert local_from_full(full, unpadded, 0, 1).equal(full)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from vllm import envs
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.checkpoint.specification import ParameterSharding, Part
 from vllm.model_executor.layers.training.arguments import (
     check_sizes,
     is_finite,
@@ -189,7 +189,7 @@ class TrainableAttention(TrainingLayer):
         if not self._has_sinks:
             return {}
         heads = self.num_heads * self.tp_size
-        part = ShardPart(None, None, heads)
+        part = Part(None, None, heads)
         return {"sinks": ParameterSharding(torch.Size((heads,)), 0, (part,))}
 
     def reset_parameters(self) -> None:

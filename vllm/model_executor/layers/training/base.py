@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from vllm.model_executor.checkpoint.sharding import (
+from vllm.model_executor.checkpoint.specification import (
     ParameterSharding,
     local_from_full,
     local_shape,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.checkpoint.specification import ParameterSharding, Part
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.collectives import (
@@ -76,7 +76,7 @@ class _VocabParallel(TrainingLayer):
             torch.Size((self.num_embeddings, *trailing)),
             0,
             (
-                ShardPart(
+                Part(
                     None,
                     None,
                     self.num_embeddings,

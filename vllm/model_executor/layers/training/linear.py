@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.checkpoint.sharding import ParameterSharding, ShardPart
+from vllm.model_executor.checkpoint.specification import ParameterSharding, Part
 from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.layers.training.collectives import (
     ON_ONE_RANK,
@@ -88,8 +88,8 @@ class ColumnParallelLinear(ParallelLinear):
         self.output_size_per_partition = output_size // self.tp_size
         self._create_parameters()
 
-    def _parts(self) -> tuple[ShardPart, ...]:
-        return (ShardPart(None, None, self.output_size),)
+    def _parts(self) -> tuple[Part, ...]:
+        return (Part(None, None, self.output_size),)
 
     def parameter_sharding(self) -> dict[str, ParameterSharding]:
         parts = self._parts()
@@ -223,7 +223,7 @@ class RowParallelLinear(ParallelLinear):
             "weight": ParameterSharding(
                 torch.Size((self.output_size, self.input_size)),
                 1,
-                (ShardPart(None, None, self.input_size),),
+                (Part(None, None, self.input_size),),
             )
         }
         if self.has_bias:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.checkpoint.sharding import ShardPart
+from vllm.model_executor.checkpoint.specification import Part
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.collectives import sum_gradient_over_replicas
 from vllm.model_executor.layers.training.linear import ColumnParallelLinear
@@ -83,10 +83,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             parallel_context=parallel_context,
         )
 
-    def _parts(self) -> tuple[ShardPart, ...]:
+    def _parts(self) -> tuple[Part, ...]:
         names = self.part_names or (None,) * len(self.output_sizes)
         return tuple(
-            ShardPart(name, index, size)
+            Part(name, index, size)
             for index, (name, size) in enumerate(
                 zip(names, self.output_sizes, strict=True)
             )
@@ -178,15 +178,15 @@ class QKVParallelLinear(ColumnParallelLinear):
             parallel_context=context,
         )
 
-    def _parts(self) -> tuple[ShardPart, ...]:
+    def _parts(self) -> tuple[Part, ...]:
         q_name, k_name, v_name = self.part_names or (None, None, None)
         q_size = self.total_num_heads * self.head_size
         kv_size = self.total_num_kv_heads * self.head_size
         replicas = self.num_kv_head_replicas
         return (
-            ShardPart(q_name, "q", q_size),
-            ShardPart(k_name, "k", kv_size, replicas),
-            ShardPart(v_name, "v", kv_size, replicas),
+            Part(q_name, "q", q_size),
+            Part(k_name, "k", kv_size, replicas),
+            Part(v_name, "v", kv_size, replicas),
         )
 
     def _effective_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:

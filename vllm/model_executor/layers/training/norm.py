@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from vllm.model_executor.checkpoint.sharding import ParameterSharding
+from vllm.model_executor.checkpoint.specification import ParameterSharding
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.arguments import check_epsilon, check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype

@@ -93,7 +93,7 @@ def is_unknown(fields: dict[str, Any]) -> bool:
     )
 
 
-def settle_dtype(model_config: "ModelConfig", is_builder: bool) -> None:
+def choose_dtype(model_config: "ModelConfig", is_builder: bool) -> None:
     """Let `dtype="auto"` serve a registered model in the dtype of its checkpoint.
 
     vLLM rounds fp32 to bf16 there. What only we read the config of is served in fp32;

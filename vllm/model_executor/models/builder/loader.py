@@ -16,10 +16,10 @@ from vllm.model_executor.checkpoint.fingerprint import fingerprint, same_bits
 from vllm.model_executor.checkpoint.layout import (
     CheckpointLayout,
     CheckpointTensor,
-    LayoutCheck,
+    LayoutComparison,
     refuse_meta,
 )
-from vllm.model_executor.checkpoint.shards import ShardedParameter, held
+from vllm.model_executor.checkpoint.shards import LocalParameter, local_tensor
 from vllm.model_executor.checkpoint.wrappers import (
     join,
     named_modules,
@@ -92,7 +92,7 @@ class EngineLoader:
         """
         if not self.complete:
             return self._reload(weights)
-        check = LayoutCheck(self.layout)
+        check = LayoutComparison(self.layout)
         loaded = self._put(check, self._read(weights))
         check.finish(check.missing())
         self.complete = False
@@ -102,7 +102,7 @@ class EngineLoader:
         """Load after all has been checked; what fails leaves the engine as it was."""
         try:
             given = list(self._read(weights))
-            check = LayoutCheck(self.layout)
+            check = LayoutComparison(self.layout)
             by_name = dict(given)
             for name, tensor in given:
                 check.match(name, tensor.shape, tensor.dtype)
@@ -110,7 +110,7 @@ class EngineLoader:
                 self._compare(check, first, by_name[first], name, by_name[name])
             check.finish(check.missing_beside_found())
             self._expect_only(check)
-            return self._put(LayoutCheck(self.layout), given)
+            return self._put(LayoutComparison(self.layout), given)
         except Exception:
             self._abandon_reload()
             raise
@@ -129,7 +129,7 @@ class EngineLoader:
 
     def _compare(
         self,
-        check: LayoutCheck,
+        check: LayoutComparison,
         first: str,
         first_tensor: torch.Tensor,
         name: str,
@@ -142,7 +142,7 @@ class EngineLoader:
         if not same_bits(first_tensor.to(dtype), tensor.to(first_tensor.device, dtype)):
             check.different.append((first, name))
 
-    def _expect_only(self, check: LayoutCheck) -> None:
+    def _expect_only(self, check: LayoutComparison) -> None:
         """Tell vLLM's reloading which modules get weights.
 
         It warns of every other one that has parameters or buffers, such as rotary
@@ -165,7 +165,7 @@ class EngineLoader:
         ]
 
     def _put(
-        self, check: LayoutCheck, weights: Iterable[tuple[str, torch.Tensor]]
+        self, check: LayoutComparison, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> set[str]:
         """Load every tensor that `check` matches."""
         targets = dict(named_tensors(self.model, persistent=False))
@@ -264,7 +264,7 @@ def _add_weight_loaders(model: nn.Module, layout: CheckpointLayout) -> None:
         cast(Any, tensor).weight_loader = _shard_loader(layout.parameters[name])
 
 
-def _shard_loader(sharded: ShardedParameter) -> Callable[..., None]:
+def _shard_loader(sharded: LocalParameter) -> Callable[..., None]:
     shards = {shard.part: shard for shard in sharded.shards}
 
     # vLLM's reloading replays the call and knows its arguments by these names.
@@ -275,6 +275,6 @@ def _shard_loader(sharded: ShardedParameter) -> Callable[..., None]:
     ) -> None:
         shard = shards[loaded_shard_id]
         piece = loaded_weight[sharded.source(shard, shard.part_start)]
-        sharded.put(held(param.data), shard, piece)
+        sharded.put(local_tensor(param.data), shard, piece)
 
     return load_shard

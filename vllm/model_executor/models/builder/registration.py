@@ -238,7 +238,7 @@ def synchronize(model_config: "ModelConfig") -> None:
     is made here, also where a plugin has registered something else. The first call
     also says what `dtype="auto"` is.
     """
-    from vllm.model_executor.models.builder.config import settle_dtype
+    from vllm.model_executor.models.builder.config import choose_dtype
     from vllm.model_executor.models.registry import ModelRegistry
 
     carried = model_config.registered_models
@@ -252,7 +252,7 @@ def synchronize(model_config: "ModelConfig") -> None:
             carried[arch] = SerializedRegistration(arch, _targets[arch])
     target = next(filter(None, map(_targets.get, model_config.architectures)), None)
     if target is not None:
-        settle_dtype(model_config, not isinstance(target, type))
+        choose_dtype(model_config, not isinstance(target, type))
 
 
 def _can_travel(target: Target) -> bool:
@@ -270,7 +270,7 @@ def _can_travel(target: Target) -> bool:
     return True
 
 
-def prepare(model_config: "ModelConfig") -> None:
+def before_config_is_read(model_config: "ModelConfig") -> None:
     """Called first when a `ModelConfig` is made, before the model's config is read."""
     model_config._maybe_register_model_class_overrides()
     if _targets:

@@ -88,7 +88,7 @@ def describe(worker: Any) -> dict[str, Any]:
 
 
 def sharding(worker: Any) -> dict[str, dict[str, Any]]:
-    """What a worker holds of each parameter: `ShardedParameter` as plain values.
+    """What a worker holds of each parameter: `LocalParameter` as plain values.
 
     Raises:
         ValueError: the model has its own `load_weights`, so nothing is known of it.

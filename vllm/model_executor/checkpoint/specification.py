@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How a parameter is cut over the tensor-parallel ranks.
+"""How a parameter is sharded over the tensor-parallel ranks, and how it is stored.
 
-A `ParameterSharding` describes one parameter of a layer: its full shape, the
-dimension that is sharded and the parts it is fused from. Loading, saving, resharding
-and weight transfer all work from it, with no knowledge of the layer.
+A layer describes each of its parameters by a `ParameterSharding`: the full shape, the
+sharded dimension and the parts that the parameter is fused from. Loading, saving,
+resharding and weight transfer read that and know no layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 
 @dataclass(frozen=True)
-class ShardPart:
+class Part:
     """One tensor of the checkpoint inside a possibly fused parameter.
 
     Attributes:
@@ -69,7 +70,7 @@ class ParameterSharding:
 
     shape: torch.Size
     dim: int | None
-    parts: tuple[ShardPart, ...]
+    parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
@@ -89,7 +90,7 @@ class ParameterSharding:
     @classmethod
     def replicated(cls, shape: torch.Size | tuple[int, ...]) -> ParameterSharding:
         """A parameter that every rank holds whole."""
-        part = ShardPart(None, None, shape[0] if shape else 1)
+        part = Part(None, None, shape[0] if shape else 1)
         return cls(torch.Size(shape), None, (part,))
 
     @classmethod
@@ -122,8 +123,44 @@ class ParameterSharding:
         full[dim] *= tp_size
         size = full[dim] // parts
         shard_ids = range(parts) if parts > 1 else (None,)
-        pieces = tuple(ShardPart(None, shard_id, size) for shard_id in shard_ids)
+        pieces = tuple(Part(None, shard_id, size) for shard_id in shard_ids)
         return cls(torch.Size(full), dim, pieces)
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: In the checkpoint.
+        parameter: Name of the parameter or buffer that holds it.
+        shape: Its full, unsharded shape.
+        dtype: The parameter's.
+        parts: The parts of the parameter's sharding that it consists of: one, or
+            all for a fused parameter as a whole.
+        dim: The dimension along which the parts lie; None if not sharded.
+        origin: Where the tensor begins in the parameter, along `dim`.
+    """
+
+    name: str
+    parameter: str
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    dim: int | None
+    origin: int = 0
+
+    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
+        """`tensor` cut into its parts."""
+        if len(self.parts) == 1 or self.dim is None:
+            yield self.parts[0], tensor
+        else:
+            sizes = [part.size for part in self.parts]
+            yield from zip(self.parts, tensor.split(sizes, dim=self.dim))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def local_shape(sharding: ParameterSharding, tp_size: int) -> torch.Size:
@@ -150,7 +187,7 @@ def part_slices(sharding: ParameterSharding, tp_size: int) -> tuple[slice, ...]:
     return tuple(slices)
 
 
-def part_rows(part: ShardPart, tp_rank: int, tp_size: int) -> tuple[int, int]:
+def part_rows(part: Part, tp_rank: int, tp_size: int) -> tuple[int, int]:
     """The piece of a part that a rank holds, along the sharded dim.
 
     Returns:
@@ -179,7 +216,7 @@ def split_parts(
 def take_shard(
     full_tensor: torch.Tensor,
     sharding: ParameterSharding,
-    part: ShardPart,
+    part: Part,
     tp_rank: int,
     tp_size: int,
 ) -> torch.Tensor:
