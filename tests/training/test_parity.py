@@ -262,7 +262,7 @@ def test_a_head_is_found_or_named_and_called(kind, named):
     model.to(DEVICE).eval()
     ids = PROMPT + SAMPLED
     scorer = Scorer(model, head=path if named else None)
-    assert scorer.head_path == path
+    assert scorer.body.head_path == path
     states = scorer.hidden_states([ids], [range(len(ids))])
     (rows,) = scorer.full_logprobs(states, 1.0)
     with torch.no_grad():

@@ -126,6 +126,26 @@ def build_scaled(config):
     return ScaledGPT(config)
 
 
+class CappedGPT(PlainGPT):
+    """Caps its logits, and says itself what comes before."""
+
+    def hidden_states(self, input_ids, positions):
+        x = self.tokens(input_ids) + self.places(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def logits(self, hidden_states):
+        return 3 * torch.tanh(self.to_vocab(hidden_states) / 3)
+
+    def forward(self, input_ids, positions):
+        return self.logits(self.hidden_states(input_ids, positions))
+
+
+def build_capped(config):
+    return CappedGPT(config)
+
+
 class ShiftedBlock(PlainBlock):
     """Adds to each token the one before it."""
 

@@ -10,13 +10,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests.models.builder.models import (
     GENERIC,
     PLAIN,
+    PLAIN_FIELDS,
+    CappedGPT,
     assert_logprobs_agree_in_bf16,
     assert_trainer_agrees,
+    build_capped,
     build_generic,
     build_plain,
     build_scaled,
@@ -44,6 +47,17 @@ def test_a_model_in_plain_pytorch(make_llm, tmp_path):
         ):
             greedy(llm, [[1, token]])
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
+def test_a_model_that_says_what_its_head_receives(make_llm, tmp_path):
+    plain = save_plain(tmp_path)
+    model = CappedGPT(PreTrainedConfig(**PLAIN_FIELDS))
+    model.load_state_dict(plain.state_dict())
+    ModelRegistry.register_model(PLAIN, build_capped)
+    llm = make_llm(tmp_path)
+    assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+    (worker,) = llm.collective_rpc("call_training", args=("describe",))
+    assert worker["head"] is None and worker["batched"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -110,7 +110,7 @@ def _find_layer(
         llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
     finally:
         stages = llm.collective_rpc("call_training", args=("stop_recording",))
-    recorder = ModuleRecorder(scorer.model)
+    recorder = ModuleRecorder(scorer.body.module)
     try:
         scorer.hidden_states([ids], [[0]])
     finally:

@@ -13,10 +13,9 @@ from torch import nn
 
 from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
-from vllm.model_executor.models.builder.head import HeadTap, find_head
+from vllm.model_executor.models.builder.body import Body
 from vllm.model_executor.models.builder.interface import (
     call_module,
-    check_head_output,
     is_batched,
 )
 
@@ -42,17 +41,15 @@ class Scorer:
         self, model: nn.Module, batched: bool | None = None, head: str | None = None
     ) -> None:
         self.model = model
-        self.packed = "cu_seqlens" in inspect.signature(model.forward).parameters
-        self.batched = is_batched(model, batched, "the trainer")
+        self.body = Body(model)
+        forward = self.body.module.forward
+        self.packed = "cu_seqlens" in inspect.signature(forward).parameters
+        self.batched = is_batched(self.body.module, batched, "the trainer")
         parameter = next(model.parameters(), None)
         if parameter is None:
             raise ValueError(f"{type(model).__name__} has no parameters to compare.")
         self.device = parameter.device
-        self.head_path = find_head(model, head, "parity")
-
-    @property
-    def head(self) -> nn.Module:
-        return self.model.get_submodule(self.head_path)
+        self.body.set_head(self.body.find_head(head, "parity"))
 
     def hidden_states(
         self,
@@ -69,10 +66,10 @@ class Scorer:
         """
         chosen = iter(positions)
         found = []
-        with _scoring(self.model), HeadTap(self.head).installed() as tap:
+        with _scoring(self.model), self.body.installed():
             for pack in self._packs(sequences):
                 output = self._forward(pack)
-                check_head_output(output, tap, self.head_path, "the trainer")
+                self.body.check_output(output, "the trainer")
                 rows = output.reshape(-1, output.shape[-1])
                 for states in rows.split([len(sequence) for sequence in pack]):
                     found.append(states[torch.tensor(list(next(chosen)))])
@@ -84,7 +81,7 @@ class Scorer:
         """fp32, shape = [num_tokens], on CPU."""
         with _scoring(self.model):
             return token_logprobs(
-                hidden_states, self.head, targets, temperature=temperature
+                hidden_states, self.body.head, targets, temperature=temperature
             ).cpu()
 
     def full_logprobs(
@@ -93,7 +90,7 @@ class Scorer:
         """fp32 rows, shape = [at most FULL_ROWS, vocab_size], on CPU."""
         for rows in hidden_states.split(FULL_ROWS):
             with _scoring(self.model):
-                logprobs = full_logprobs(rows, self.head, temperature=temperature)
+                logprobs = full_logprobs(rows, self.body.head, temperature=temperature)
             yield logprobs.cpu()
 
     def _packs(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
@@ -112,10 +109,10 @@ class Scorer:
         ids = torch.tensor([i for each in pack for i in each], device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         if not self.packed:
-            return call_module(self.model, self.batched, ids, positions)
+            return call_module(self.body.module, self.batched, ids, positions)
         bounds = torch.tensor([0, *lengths], device=self.device)
         cu_seqlens = bounds.cumsum(0, dtype=torch.int32)
-        return self.model(ids, positions, cu_seqlens=cu_seqlens)
+        return self.body.module(ids, positions, cu_seqlens=cu_seqlens)
 
 
 @contextmanager

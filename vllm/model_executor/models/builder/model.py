@@ -20,12 +20,11 @@ from vllm.model_executor.determinism.log_softmax import (
 from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
+from vllm.model_executor.models.builder.body import Body
 from vllm.model_executor.models.builder.config import tie_as_configured
-from vllm.model_executor.models.builder.head import HeadTap, find_head
 from vllm.model_executor.models.builder.interface import (
     call_module,
     check_every_token,
-    check_head_output,
     check_logits,
     check_takes_hidden_states,
     has_vllm_interface,
@@ -107,6 +106,7 @@ class BuiltModel(nn.Module):
     module: nn.Module
     logits_processor: nn.Module
     loader: EngineLoader
+    body: Body
     head_path: str | None
     carried: tuple[int, torch.dtype]
 
@@ -125,9 +125,10 @@ class BuiltModel(nn.Module):
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
         self.carried = (model_config.get_hidden_size(), torch.get_default_dtype())
-        self.batched = is_batched(module, options.batched, self.spec.name)
+        self.body = Body(module)
+        self.batched = is_batched(self.body.module, options.batched, self.spec.name)
         if context.pp_size > 1:
-            check_takes_hidden_states(module, self.spec.name)
+            check_takes_hidden_states(self.body.module, self.spec.name)
         refuse_changing_hooks(module)
         layout = compare_ranks(module, CheckpointLayout.of(module), self.spec.name)
         strict = vllm_config.load_config.load_format != "dummy"
@@ -136,16 +137,15 @@ class BuiltModel(nn.Module):
         if self.is_last_stage:
             sizes = (self.vocab_size, model_config.get_hidden_size())
             caller = f"The builder {self.spec.name}"
-            self.head_path = find_head(module, options.head, caller, sizes)
+            self.head_path = self.body.find_head(options.head, caller, sizes)
         # A model that gives embeddings has no use for logits, and vLLM leaves out its
         # own heads there; so the head stays a training layer, which is never called.
         is_pooling = model_config.runner_type == "pooling"
         engine_head = None if is_pooling else self.head_path
         bind_engine_layers(module, vllm_config, prefix, head=engine_head)
-        if self.head_path is not None:
-            head = module.get_submodule(self.head_path)
-            self.head_tap = HeadTap(head)
-            self.head_tap.install()
+        if self.is_last_stage:
+            self.body.set_head(self.head_path)
+            self.body.install()
         object.__setattr__(
             self, "logits_processor", vllm_internals.LogitsProcessor(self.vocab_size)
         )
@@ -190,7 +190,9 @@ class BuiltModel(nn.Module):
         carried = None
         if intermediate_tensors is not None:
             carried = intermediate_tensors["hidden_states"]
-        output = call_module(self.module, self.batched, input_ids, positions, carried)
+        output = call_module(
+            self.body.module, self.batched, input_ids, positions, carried
+        )
         tokens = positions.shape
         self._check_output(output, torch.Size((1, *tokens)) if self.batched else tokens)
         hidden_states = output[0] if self.batched else output
@@ -200,9 +202,8 @@ class BuiltModel(nn.Module):
 
     def _check_output(self, output: Any, tokens: torch.Size) -> None:
         """Refuse what is not the input of the head, or of the next stage."""
-        if self.head_path is not None:
-            check_head_output(output, self.head_tap, self.head_path, self.spec.name)
-            self.head_tap.hidden_states = None
+        if self.is_last_stage:
+            self.body.check_output(output, self.spec.name)
             return
         self._check_carried(output, torch.Size((*tokens, self.carried[0])))
 
@@ -228,12 +229,10 @@ class BuiltModel(nn.Module):
         Args:
             hidden_states: shape = [num_tokens, hidden_size].
         """
-        assert self.head_path is not None, "only the last stage samples"
-        head = self.head_tap.head
+        head = self.body.head
         if isinstance(head, vllm_internals.ParallelLMHead):
             return self.logits_processor(head, hidden_states, head.bias)
-        with self.head_tap.removed():
-            logits = head(hidden_states)
+        logits = self.body.logits(hidden_states)
         # The sampler's kernels sum up a row in an order that depends on its alignment.
         return aligned_rows(logits) if uses_samplers_kernels(logits) else logits
 
@@ -252,10 +251,10 @@ class BuiltModel(nn.Module):
             tokens: Shape of the tokens that it was called with.
         """
         self._check_output(output, tokens)
-        if self.head_path is not None:
+        if self.is_last_stage:
             check_every_token(output, tokens, self.spec.name)
             logits = self.compute_logits(output.flatten(0, -2)[:1])
-            check_logits(logits, self.vocab_size, self.head_path, self.spec.name)
+            check_logits(logits, self.vocab_size, self.body.head_path, self.spec.name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load checkpoint tensors; see `EngineLoader`."""

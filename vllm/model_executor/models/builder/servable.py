@@ -25,11 +25,10 @@ from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.models.builder.agreement import others
-from vllm.model_executor.models.builder.head import HeadTap, find_head
+from vllm.model_executor.models.builder.body import Body
 from vllm.model_executor.models.builder.interface import (
     call_module,
     check_every_token,
-    check_head_output,
     check_logits,
     is_batched,
 )
@@ -158,24 +157,23 @@ def check_servable(
     text_config = (
         config.get_text_config() if hasattr(config, "get_text_config") else config
     )
-    layout = is_batched(module, batched, name)
+    body = Body(module)
+    layout = is_batched(body.module, batched, name)
     vocab_size = text_config.vocab_size
     sizes = (vocab_size, text_config.hidden_size)
-    path = find_head(module, head, "check_servable", sizes)
-    tap = HeadTap(module.get_submodule(path))
+    body.set_head(body.find_head(head, "check_servable", sizes))
 
     def check_output(output: Any, tokens: torch.Size) -> None:
-        check_head_output(output, tap, path, name)
+        body.check_output(output, name)
         check_every_token(output, tokens, name)
-        with tap.removed() as own_head:
-            check_logits(own_head(output), vocab_size, path, name)
+        check_logits(body.logits(output), vocab_size, body.head_path, name)
 
     training = [layer for layer in module.modules() if layer.training]
     module.eval()
     try:
-        with tap.installed():
+        with body.installed():
             findings = probe(
-                module,
+                body.module,
                 layout,
                 vocab_size,
                 getattr(text_config, "max_position_embeddings", None) or 2048,
@@ -214,7 +212,7 @@ def check_in_engine(model: "BuiltModel") -> None:
     device = torch.device(vllm_internals.current_platform.device_type)
     with vllm_internals.set_forward_context(None, model.vllm_config):
         findings = probe(
-            module,
+            model.body.module,
             model.batched,
             model.vocab_size,
             model.vllm_config.model_config.max_model_len,

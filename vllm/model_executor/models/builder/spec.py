@@ -31,7 +31,9 @@ class BuilderOptions:
     Attributes:
         head: Path of the module that turns hidden states into logits. Default:
             `lm_head` if there is one, else the only module that maps
-            `hidden_size` to `vocab_size`.
+            `hidden_size` to `vocab_size`. A module that has the methods
+            `hidden_states(input_ids, positions)` and `logits(hidden_states)` needs
+            none; with the first alone its `forward` is not called.
         batched: Whether `forward` wants `[batch, seq]` (served as one row
             `[1, num_tokens]`) rather than packed `[num_tokens]`. Default: packed
             if `forward` has a parameter `cu_seqlens`, else batched.

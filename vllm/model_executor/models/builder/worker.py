@@ -120,7 +120,8 @@ def _attention_backends(worker: Any) -> list[str]:
 def start_recording(worker: Any) -> None:
     """Record what every module computes from now on."""
     model = worker.get_model()
-    recorder = ModuleRecorder(getattr(model, "module", model))
+    body = getattr(model, "body", None)
+    recorder = ModuleRecorder(model if body is None else body.module)
     setattr(worker, _RECORDER, recorder)
 
 
