@@ -75,9 +75,9 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "upstream":
         print(upstream.export(arguments.source, arguments.out, CHECKOUT))
     elif arguments.command == "edit":
-        author.start_edit(BaseWheel(fetch("cpu")), PATCHES, arguments.tree)
+        print(author.start_edit(BaseWheel(fetch("cpu")), PATCHES, arguments.tree))
     elif arguments.command == "save":
-        author.save(arguments.tree, PATCHES)
+        print(author.save(arguments.tree, PATCHES))
     return 0
 
 

@@ -136,3 +136,13 @@ def test_uncommitted_changes_are_named(tree: Path, patches: Path) -> None:
 def test_editing_overwrites_nothing(tree: Path, patches: Path, base: BaseWheel) -> None:
     with pytest.raises(OverlayError, match="tree exists"):
         start_edit(base, patches, tree)
+
+
+def test_a_patch_that_does_not_apply_leaves_nothing(
+    tmp_path: Path, patches: Path, base: BaseWheel
+) -> None:
+    patch = patches / "0002-Config-more.patch"
+    patch.write_text(patch.read_text().replace(" two and a half", " 2.5"))
+    with pytest.raises(OverlayError, match="registry.py: patch does not apply"):
+        start_edit(base, patches, tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_overlay import installed
-from vllm_overlay.common import OverlayError, sha256_bytes
+from vllm_overlay.common import OverlayError, sha256_bytes, write_atomically
 from vllm_overlay.manifest import MANIFEST, Change, Manifest
 
 EditCheckout = Callable[[], None]
@@ -86,6 +86,15 @@ def test_manifest_lists_what_was_done(
         path: Change(pristine.get(path), [sha256_bytes(data)])
         for path, data in (patched | overlay).items()
     }
+
+
+def test_manifest_tells_an_empty_file_from_none(tmp_path: Path) -> None:
+    files = dict.fromkeys(("vllm/a.py", "vllm/b.py", "vllm/c.py"), b"new\n")
+    released = {"vllm/a.py": b"", "vllm/b.py": None, "vllm/c.py": b"\r\n\xff"}
+    manifest = Manifest.of(files, released)
+    write_atomically(tmp_path / MANIFEST, manifest.encode())
+    assert Manifest.read(tmp_path) == manifest
+    assert {path: c.released for path, c in manifest.files.items()} == released
 
 
 def test_record_lists_what_is_installed(site: Path, checkout: Path) -> None:

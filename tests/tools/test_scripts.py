@@ -32,9 +32,11 @@ def test_apply_check_revert(checkout: Path, site: Path) -> None:
 
 def test_edit_and_save(checkout: Path, fetched: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    assert overlay(checkout, "edit", tree) == (0, "")
+    status, text = overlay(checkout, "edit", tree)
+    assert status == 0 and "'pristine', 2 commits follow" in text
     before = {path: path.read_bytes() for path in checkout.glob("patches/*")}
-    assert overlay(checkout, "save", tree) == (0, "")
+    status, text = overlay(checkout, "save", tree)
+    assert status == 0 and "2 patches written" in text
     assert {path: path.read_bytes() for path in checkout.glob("patches/*")} == before
     status, text = overlay(checkout, "edit", tree)
     assert status == 1 and f"{tree} exists" in text

@@ -197,7 +197,8 @@ def test_hunks_are_refused(
         (f"+++ b/{PATH}", "+++ b/vllm/b.py", "each once"),
         (blob_id(PRISTINE), blob_id(PRISTINE)[:10], "full ids"),
         ("index ", "old mode 100644\nnew mode 100755\nindex ", "no change of mode"),
-        ("Subject: s", "From: someone\nSubject: s", "a first line"),
+        ("Subject: s", "From: someone\nSubject: s", "its first line"),
+        ("Subject: s\n\n", "Subject: s\n", "an empty line"),
     ],
 )
 def test_files_and_headers_are_refused(

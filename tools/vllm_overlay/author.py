@@ -15,7 +15,7 @@ PRISTINE = "pristine"
 _NAME_LENGTH = 52  # what `git format-patch` takes of a subject
 
 
-def start_edit(base: BaseWheel, patches: Path, tree: Path) -> None:
+def start_edit(base: BaseWheel, patches: Path, tree: Path) -> str:
     """Make a repository with the release as its first commit, then one a patch.
 
     Here a patch need not fit exactly, which is how edits by hand are mended.
@@ -24,6 +24,9 @@ def start_edit(base: BaseWheel, patches: Path, tree: Path) -> None:
         base: The pinned release.
         patches: The folder of the series.
         tree: The folder to make.
+
+    Returns:
+        What was made, for people.
     """
     if tree.exists():
         raise OverlayError(f"{tree} exists; edit and save it, or delete it and retry")
@@ -34,17 +37,26 @@ def start_edit(base: BaseWheel, patches: Path, tree: Path) -> None:
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "--message", "The release of base.lock")
     git(tree, "tag", PRISTINE)
-    for patch in series.patches:
-        git(tree, "apply", "--index", "--whitespace=nowarn", patch.path.resolve())
-        git(tree, "commit", "--quiet", "--cleanup=verbatim", "-m", patch.message)
+    try:
+        for patch in series.patches:
+            git(tree, "apply", "--index", "--whitespace=nowarn", patch.path.resolve())
+            git(tree, "commit", "--quiet", "--cleanup=verbatim", "-m", patch.message)
+    except OverlayError:
+        shutil.rmtree(tree)  # saved, it would drop the patches that it lacks
+        raise
+    count = len(series.patches)
+    return f"{tree}: the release has the tag '{PRISTINE}', {count} commits follow"
 
 
-def save(tree: Path, patches: Path) -> None:
+def save(tree: Path, patches: Path) -> str:
     """Make the series of the commits that follow the release.
 
     Args:
         tree: A repository that ``start_edit`` made.
         patches: The folder of the series, whose patches are replaced.
+
+    Returns:
+        What was made, for people.
 
     Raises:
         OverlayError: If a commit makes no valid patch. Nothing is written then.
@@ -56,9 +68,8 @@ def save(tree: Path, patches: Path) -> None:
     commits = git(tree, "rev-list", "--reverse", f"{PRISTINE}..HEAD").split()
     with tempfile.TemporaryDirectory() as folder:
         for number, commit in enumerate(commits, start=1):
-            name, message = git(tree, "log", "-1", "--format=%f%n%B", commit).split(
-                "\n", 1
-            )
+            log = git(tree, "log", "-1", "--format=%f%n%B", commit)
+            name, _, message = log.partition("\n")
             text = git(tree, *diff, f"{commit}^", commit)
             text = re.sub(r"^(@@ .+? @@).*", r"\1", text, flags=re.MULTILINE)
             (Path(folder) / f"{number:04}-{name[:_NAME_LENGTH]}.patch").write_bytes(
@@ -69,3 +80,4 @@ def save(tree: Path, patches: Path) -> None:
             path.unlink()
         for patch in new.patches:
             shutil.copy(patch.path, patches)
+    return f"{patches}: {len(commits)} patches written"

@@ -113,14 +113,15 @@ def read_patch(path: Path) -> Patch:
     Raises:
         OverlayError: Naming the patch, what is wrong with it and what to do.
     """
-    header, _, _ = (text := path.read_bytes().decode("utf-8")).partition("\ndiff --git")
+    header, separator, diff = path.read_bytes().decode("utf-8").partition("\ndiff ")
     missing = [f for f in FIELDS if not re.search(rf"^{f}: *\S", header, re.MULTILINE)]
-    if missing or not header.startswith("Subject: "):
+    if missing or not re.match("Subject: .*\n\n", header):
         raise OverlayError(
-            f"{path.name}: the header lacks {', '.join(missing) or 'a first line'}; a "
-            f"patch states {', '.join(FIELDS)}, one 'Field: text' a paragraph"
+            f"{path.name}: the header lacks {', '.join(missing) or 'its first line'}; "
+            f"a patch starts with 'Subject: text', an empty line, and a paragraph each "
+            f"for {', '.join(FIELDS[1:])}"
         )
-    diff = text.removeprefix(header).lstrip("\n")
+    diff = separator.lstrip("\n") + diff
     files = {match[1]: (match[2], match[3]) for match in _FILE.finditer(diff)}
     hunks, count = _FILE.subn("", diff)
     if not files or len(files) != count or _STRAY.search(hunks):
