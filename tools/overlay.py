@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("upstream", help="make the pull request")
     command.add_argument("--source", required=True, help="source tree, or 'sdist'")
+    command.add_argument("--version", help="another release that patches/ knows")
     command.add_argument("--out", type=Path, required=True, help="folder to make")
 
     command = commands.add_parser("edit", help="make commits of the patches")
@@ -73,7 +74,11 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             print(installed.apply(arguments.into, CHECKOUT, arguments.link))
     elif arguments.command == "upstream":
-        print(upstream.export(arguments.source, arguments.out, CHECKOUT))
+        print(
+            upstream.export(
+                arguments.source, arguments.out, CHECKOUT, arguments.version
+            )
+        )
     elif arguments.command == "edit":
         print(author.start_edit(BaseWheel(fetch("cpu")), PATCHES, arguments.tree))
     elif arguments.command == "save":

@@ -52,10 +52,10 @@ RELEASE = {
 PATCHED = {
     "vllm/config/model.py": b"first\na\n\nb\nc\nlast\n",
     "vllm/models/registry.py": (
-        b"one\ntwo\ntwo and a half\ntwo and three quarters\nthree\nfour\nfive\n"
+        b"one\ntwo\ntwo_and_a_half\ntwo_and_three_quarters\nthree\nfour\nfive\n"
     ),
 }
-BETWEEN = b"one\ntwo\ntwo and a half\nthree\nfour\nfive\n"
+BETWEEN = b"one\ntwo\ntwo_and_a_half\nthree\nfour\nfive\n"
 
 
 def write_patch(
@@ -92,13 +92,13 @@ Unnecessary when: never
 def write_series(folder: Path) -> None:
     """Write two patches, the second of which needs the first."""
     registry, config = "vllm/models/registry.py", "vllm/config/model.py"
-    hunk = "@@ -2,2 +2,3 @@\n two\n+two and a half\n three\n"
+    hunk = "@@ -2,2 +2,3 @@\n two\n+two_and_a_half\n three\n"
     write_patch(
         folder / "0001-Registry-one-more.patch",
         "Registry: one more",
         {registry: (REGISTRY, BETWEEN, hunk)},
     )
-    more = "@@ -3,2 +3,3 @@\n two and a half\n+two and three quarters\n three\n"
+    more = "@@ -3,2 +3,3 @@\n two_and_a_half\n+two_and_three_quarters\n three\n"
     ends = "@@ -1 +1,2 @@\n+first\n a\n@@ -4 +5,2 @@\n c\n+last\n"
     write_patch(
         folder / "0002-Config-more.patch",

@@ -94,7 +94,7 @@ def test_an_edit_by_hand_is_mended(
     tmp_path: Path, patches: Path, base: BaseWheel
 ) -> None:
     for path in patches.iterdir():
-        path.write_text(path.read_text().replace("two and a half", "2.5"))
+        path.write_text(path.read_text().replace("two_and_a_half", "2.5"))
     start_edit(base, patches, tmp_path / "tree")
     save(tmp_path / "tree", patches)
     series = load_series(patches)

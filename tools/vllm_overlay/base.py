@@ -50,13 +50,14 @@ def load_base(kind: str, checkout: Path = CHECKOUT) -> BaseFile:
     """Read one entry of ``base.lock``.
 
     Args:
-        kind: ``"cpu"``, ``"cuda"`` or ``"source"``.
+        kind: ``"cpu"``, ``"cuda"``, ``"source"``, or the source of another release
+            such as ``"source-0.33.0"``.
         checkout: The root of the checkout.
     """
     lock = tomllib.loads((checkout / "base.lock").read_text(encoding="utf-8"))
     entry = lock[kind]
     return BaseFile(
-        version=lock["version"],
+        version=entry.get("version", lock["version"]),
         requirement=entry["requirement"],
         file=entry["file"],
         sha256=entry["sha256"],
@@ -105,7 +106,7 @@ def fetch(kind: str, checkout: Path = CHECKOUT) -> Path:
     """Return the verified file of the release, downloading it if needed.
 
     Args:
-        kind: ``"cpu"``, ``"cuda"`` or ``"source"``.
+        kind: As for `load_base`.
         checkout: The root of the checkout; the file is kept in ``build/base``.
 
     Raises:
@@ -136,7 +137,7 @@ def fetch(kind: str, checkout: Path = CHECKOUT) -> Path:
 def _pip_download(kind: str, base: BaseFile, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     environment = dict(os.environ)
-    if kind == "source":
+    if kind.startswith("source"):
         # pip runs the source's setup.py for its metadata, which imports torch and
         # wants to know a version and a device.
         command += ["--no-binary", "vllm", "--no-build-isolation"]
@@ -152,7 +153,7 @@ def _pip_download(kind: str, base: BaseFile, folder: Path) -> None:
     )
     if result.returncode != 0:
         hint = "check the network and pip's configured index, and retry"
-        if kind == "source":
+        if kind.startswith("source"):
             hint += "; for the source, install torch and requirements/upstream.txt"
         raise OverlayError(
             f"pip could not download {base.requirement} ({hint}):\n{result.stderr}"

@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Turn the series and the overlay into commits on vLLM's own source tree."""
+"""Turn the series and the new files into a stack of commits on vLLM's own source tree.
 
+What the stack needs beyond the series is in patches/upstream: the table of its commits,
+the cover letter, and the lines that build the kernels with vLLM. What differs for
+another release than that of base.lock is in a folder of its name in patches/.
+"""
+
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_overlay.base import fetch, load_base
-from vllm_overlay.common import OverlayError, blob_id, bullets, source_files
-from vllm_overlay.series import Series, load_series
+from vllm_overlay.base import BaseWheel, fetch, load_base
+from vllm_overlay.common import OverlayError, blob_id, bullets
+from vllm_overlay.imports import fill_packages, unresolved
+from vllm_overlay.series import load_series
+from vllm_overlay.stack import Commit, candidates, load_stack, number
 
 PRISTINE = "pristine"
 BRANCH = "training"
-# The overlay's commits: what they add goes before and after the series, so that the
-# code that a patch calls is there when it is called.
-_BEFORE = (("Add training-aware layers and model builders", ("vllm", "csrc")),)
-_AFTER = (
-    ("Add tests of the training-aware layers", ("tests", ".buildkite")),
-    (
-        "Document and benchmark the training-aware layers",
-        ("docs", "examples", "benchmarks"),
-    ),
-)
-# About this repository, not about vLLM.
-_OURS = ("tests/tools/", "tests/benchmarks/", "docs/index.md")
+# Stands in the commits where git knows no name; nothing is signed off with it.
+_NOBODY = {"name": "nobody", "email": "nobody@localhost"}
+# The path and the ids before and after of a file in a patch.
+_INDEX = re.compile(r"^diff --git a/(\S+) b/\S+\nindex (\w+)\.\.(\w+)", re.MULTILINE)
 
 
-def export(source: str, out: Path, checkout: Path) -> str:
+def export(source: str, out: Path, checkout: Path, version: str | None = None) -> str:
     """Make the branch, export it as patches and prove that these apply.
 
     Args:
@@ -38,45 +38,176 @@ def export(source: str, out: Path, checkout: Path) -> str:
         out: The folder to make; the repository goes to ``out/vllm``, the patches to
             ``out/patches``.
         checkout: The root of the checkout.
+        version: The release; by default that of base.lock.
 
     Returns:
         What was made, for people.
 
     Raises:
-        OverlayError: If a patch does not apply, a new file exists upstream, or the
-            exported patches do not reproduce the branch.
+        OverlayError: If a patch does not apply, a new file exists upstream, a commit
+            imports what it lacks, or the exported patches do not reproduce the branch.
     """
     if out.exists() and any(out.iterdir()):
         raise OverlayError(f"{out} is not empty; name a new folder, or empty it")
-    version = load_base("source", checkout).version
-    series = load_series(checkout / "patches")
+    release = Release(checkout, version or load_base("source", checkout).version)
     repository = out / "vllm"
-    with _source_tree(source, checkout) as tree:
-        groups = _overlay(checkout, tree)
+    with _source_tree(source, release) as tree:
+        after = release.check_tree(tree)
         shutil.copytree(
             tree, repository, symlinks=True, ignore=shutil.ignore_patterns(".git")
         )
     _git(repository, "init", "--quiet", "--initial-branch", PRISTINE)
-    _identify(repository)
-    _commit(repository, f"vLLM {version}\n")
+    identity = _identity(checkout)
+    _identify(repository, identity or _NOBODY)
+    _commit(repository, f"vLLM {release.version}\n")
     _git(repository, "checkout", "--quiet", "-b", BRANCH)
-    for subject, _ in _BEFORE:
-        _add(repository, subject, groups[subject])
-    _commit_series(repository, series)
-    for subject, _ in _AFTER:
-        _add(repository, subject, groups[subject])
+    sign = ("--signoff",) if identity else ()
+    for commit, paths in release.commits:
+        _make(repository, release, commit, paths)
+        patch = release.patches.get(commit.patch)
+        _commit(repository, commit.message(patch), *sign)
+    release.check_result(repository, after)
     patches = (out / "patches").resolve()
-    commits = f"{PRISTINE}..{BRANCH}"
-    _git(repository, "format-patch", "--quiet", "--output-directory", patches, commits)
+    _format(repository, patches, checkout)
     _prove(repository, patches)
-    count = len(list(patches.glob("*.patch")))
     return (
-        f"{repository}: branch {BRANCH}; {patches}: {count} patches, `git am` checked"
+        f"{repository}: branch {BRANCH} on vLLM {release.version}, "
+        f"{len(release.commits)} commits; {patches}: the same as patches, `git am` "
+        "checked" + ("" if identity else "; not signed off, git has no user.name")
     )
 
 
+class Release:
+    """A release of vLLM, and what the checkout has for it.
+
+    Args:
+        checkout: The root of the checkout.
+        version: Of the release.
+
+    Attributes:
+        commits: The stack, and the paths of the new files of each commit.
+        patches: The patches of the series by number.
+        files: The new files by path.
+    """
+
+    def __init__(self, checkout: Path, version: str) -> None:
+        self.version = version
+        self.checkout = checkout
+        self.pinned = load_base("source", checkout).version == version
+        self.folder = checkout / "patches" / version
+        if not self.pinned and not self.folder.is_dir():
+            raise OverlayError(
+                f"vLLM {version} is not known: there is no {self.folder}. Give a "
+                "version that has a folder there, or none"
+            )
+        self.series = load_series(checkout / "patches")
+        stack = load_stack(checkout, self.series)
+        self.patches = {number(patch): patch for patch in self.series.patches}
+        every = candidates(checkout)
+        self.commits = list(zip(stack.commits, stack.assign(every)))
+        self.files = {p: every[p] for _, paths in self.commits for p in paths}
+
+    def archive(self) -> Path:
+        """Return the source distribution."""
+        kind = "source" if self.pinned else f"source-{self.version}"
+        return fetch(kind, self.checkout)
+
+    def diffs(self, commit: Commit) -> list[Path]:
+        """Return the patch of a commit, and before it what replaces a part of it."""
+        if not commit.patch:
+            return []
+        patch = self.patches.get(commit.patch)
+        own = patch.path if patch else self.checkout / "patches/upstream" / commit.patch
+        return [*sorted(self.folder.glob(f"{own.stem[:4]}*.patch")), own]
+
+    def check_tree(self, tree: Path) -> dict[str, str]:
+        """Refuse a source tree that is not the release, or has a new file's path.
+
+        Returns:
+            The id that each patched file will have, by path.
+
+        Raises:
+            OverlayError: Naming the files.
+        """
+        if taken := [path for path in self.files if (tree / path).exists()]:
+            raise OverlayError(
+                "these exist in vLLM's source tree; new files need new paths:"
+                f"{bullets(taken)}"
+            )
+        before: dict[str, str] = {}
+        after: dict[str, str] = {}
+        for diff in (diff for commit, _ in self.commits for diff in self.diffs(commit)):
+            for path, old, new in _INDEX.findall(diff.read_text("utf-8")):
+                if self.pinned or diff.parent == self.folder:
+                    before.setdefault(path, old)
+                    after[path] = new
+        if not self.pinned:
+            lines = (self.folder / "base").read_text(encoding="utf-8").splitlines()
+            before = {path: pin for pin, path in map(str.split, lines[1:])}
+        _compare(tree, before, f"{tree} is not vLLM {self.version}")
+        return self._merged(tree) | after
+
+    def _merged(self, tree: Path) -> dict[str, str]:
+        """What merging the changes of the series gives for another release.
+
+        A merge sees whole files, so that lines which `git apply` has put elsewhere are
+        noticed.
+        """
+        if self.pinned:
+            return {}
+        wheel = BaseWheel(fetch("cpu", self.checkout))
+        pristine = {path: wheel.read(path) for path in self.series.pins()}
+        patched = self.series.apply(pristine)
+        with tempfile.TemporaryDirectory() as folder:
+            ours, base, theirs = (Path(folder) / name for name in ("a", "b", "c"))
+            ids = {}
+            for path, data in patched.items():
+                shutil.copyfile(tree / path, ours)
+                base.write_bytes(pristine[path])
+                theirs.write_bytes(data)
+                merge = [
+                    "git",
+                    "merge-file",
+                    "--quiet",
+                    *map(str, (ours, base, theirs)),
+                ]
+                subprocess.run(merge, check=False)  # a conflict is another id, too
+                ids[path] = blob_id(ours.read_bytes())
+        return ids
+
+    def check_result(self, repository: Path, after: Mapping[str, str]) -> None:
+        """Check that the branch has the new files, and the patches at their places."""
+        _compare(
+            repository,
+            after,
+            "lines of the patches are at other places than a merge puts them; write "
+            f"patches for these files to {self.folder}",
+        )
+        changed = [
+            path
+            for path, file in self.files.items()
+            if (repository / path).read_bytes() != file.read_bytes()
+        ]
+        if changed:
+            raise OverlayError(
+                "these were not exported as a whole, since vLLM lacks what they "
+                f"import:{bullets(changed)}"
+            )
+
+
+def _compare(tree: Path, ids: Mapping[str, str], what: str) -> None:
+    wrong = []
+    for path, wanted in ids.items():
+        file = tree / path
+        found = blob_id(file.read_bytes()) if file.is_file() else "nothing"
+        if found != wanted:
+            wrong.append(f"{path} is {found}, not {wanted}")
+    if wrong:
+        raise OverlayError(f"{what}:{bullets(wrong)}")
+
+
 @contextmanager
-def _source_tree(source: str, checkout: Path) -> Iterator[Path]:
+def _source_tree(source: str, release: Release) -> Iterator[Path]:
     if source != "sdist":
         if not (Path(source) / "vllm").is_dir():
             raise OverlayError(
@@ -85,71 +216,62 @@ def _source_tree(source: str, checkout: Path) -> Iterator[Path]:
             )
         yield Path(source)
         return
-    archive = fetch("source", checkout)
+    archive = release.archive()
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         yield Path(folder) / archive.name.removesuffix(".tar.gz")
 
 
-def _overlay(checkout: Path, tree: Path) -> dict[str, dict[str, Path]]:
-    """Group the files to add by the subject of their commit."""
-    groups = {}
-    taken: list[str] = []
-    for subject, roots in (*_BEFORE, *_AFTER):
-        files = {
-            path: file
-            for path, file in source_files(checkout, *roots).items()
-            if not path.startswith(_OURS)
-        }
-        groups[subject] = files
-        taken += [path for path in files if (tree / path).exists()]
-    if taken:
-        raise OverlayError(
-            f"these exist in vLLM's source tree; new files need new paths:"
-            f"{bullets(taken)}"
-        )
-    return groups
-
-
-def _add(repository: Path, subject: str, files: dict[str, Path]) -> None:
-    if not files:
-        return
-    for path, file in files.items():
+def _make(repository: Path, release: Release, commit: Commit, paths: list[str]) -> None:
+    """Write what a commit adds and check that it can be imported."""
+    for path in paths:
         target = repository / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, target)
-    _commit(repository, f"{subject}\n")
+        shutil.copy(release.files[path], target)
+    replaced: list[str] = []
+    for diff in release.diffs(commit):
+        without = [f"--exclude={path}" for path in replaced]
+        _git(repository, "apply", "--whitespace=nowarn", *without, diff.resolve())
+        replaced += [path for path, *_ in _INDEX.findall(diff.read_text("utf-8"))]
+    tree = {
+        path: repository / path for path in _git(repository, "ls-files").split("\n")
+    }
+    tree |= {path: repository / path for path in paths}
+    packages = fill_packages(tree, release.files)
+    if missing := unresolved(tree, [*paths, *replaced, *packages]):
+        raise OverlayError(
+            f"the commit {commit.subject or commit.patch!r} imports what comes later, "
+            f"or nowhere:{bullets(missing)}"
+        )
 
 
-def _commit_series(repository: Path, series: Series) -> None:
-    for path, pin in series.pins().items():
-        if not (repository / path).is_file():
-            raise OverlayError(f"{path} is patched, but not in vLLM's source tree")
-        if (found := blob_id((repository / path).read_bytes())) != pin:
-            raise OverlayError(
-                f"the patches were made for {pin} at {path}, not {found}"
-            )
-    for patch in series.patches:
-        _git(repository, "apply", "--whitespace=nowarn", patch.path.resolve())
-        _commit(repository, patch.message)
+def _format(repository: Path, patches: Path, checkout: Path) -> None:
+    """Export the branch with a cover letter that says how large each commit is."""
+    cover = (checkout / "patches/upstream/cover.md").read_text(encoding="utf-8")
+    commits = f"{PRISTINE}..{BRANCH}"
+    log = _git(
+        repository, "log", "--reverse", "--shortstat", "--format=%x00%s", commits
+    )
+    lines = ["files  lines  commit"]
+    for entry in log.split("\0")[1:]:
+        subject, _, sizes = entry.strip().partition("\n")
+        files, added = (int(n) for n in re.findall(r"(\d+) (?:file|ins)", sizes)[:2])
+        lines.append(f"{files:5}  {added:5}  {subject}")
+    description = f"{cover.strip()}\n\n" + "\n".join(lines)
+    _git(repository, "config", f"branch.{BRANCH}.description", description)
+    options = ("--cover-letter", "--cover-from-description=subject")
+    _git(repository, "format-patch", "--quiet", *options, "-o", patches, commits)
 
 
 def _prove(repository: Path, patches: Path) -> None:
     """Apply the patches to a fresh clone and compare the trees."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "vllm"
-        _git(
-            Path(folder),
-            "clone",
-            "--quiet",
-            "-b",
-            PRISTINE,
-            repository.resolve(),
-            clone,
-        )
-        _identify(clone)
-        files = sorted(patches.glob("*.patch"))
+        pristine = ("--branch", PRISTINE)
+        _git(Path(folder), "clone", "--quiet", *pristine, repository.resolve(), clone)
+        _identify(clone, _NOBODY)
+        files = sorted(patches.glob("*.patch"))[1:]  # the first is the cover letter
         _git(clone, "am", "--quiet", "--keep-non-patch", "--keep-cr", *files)
         if _tree(clone, "HEAD") != _tree(repository, BRANCH):
             raise OverlayError(
@@ -161,17 +283,24 @@ def _tree(repository: Path, revision: str) -> str:
     return _git(repository, "rev-parse", f"{revision}^{{tree}}")
 
 
-def _identify(repository: Path) -> None:
-    """Give a repository an identity of its own if git has none configured."""
-    for key, value in (("name", "vLLM overlay"), ("email", "overlay@localhost")):
-        if not _git(repository, "config", "--default", "", "--get", f"user.{key}"):
-            _git(repository, "config", f"user.{key}", value)
+def _identity(checkout: Path) -> dict[str, str] | None:
+    """The name and address that git has for the checkout, if it has both."""
+    found = {
+        key: _git(checkout, "config", "--default", "", "--get", f"user.{key}")
+        for key in ("name", "email")
+    }
+    return found if all(found.values()) else None
 
 
-def _commit(repository: Path, message: str) -> None:
+def _identify(repository: Path, identity: Mapping[str, str]) -> None:
+    for key, value in identity.items():
+        _git(repository, "config", f"user.{key}", value)
+
+
+def _commit(repository: Path, message: str, *options: str) -> None:
     # --force: the source distribution holds files that vLLM's .gitignore lists.
     _git(repository, "add", "--all", "--force")
-    _git(repository, "commit", "--quiet", "--message", message)
+    _git(repository, "commit", "--quiet", *options, "--message", message)
 
 
 def _git(folder: Path, *arguments: str | Path) -> str:

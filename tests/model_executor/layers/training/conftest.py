@@ -155,11 +155,11 @@ def context(request: pytest.FixtureRequest) -> Iterator[ParallelContext]:
     get here, and torchrun ends them when this one has ended.
     """
     # Not above: what interprets Triton's kernels has to come before they are imported.
-    from vllm import training
+    from vllm.training.parallel import destroy_parallel, initialize_parallel
 
     size = int(os.environ["WORLD_SIZE"])
     if not 0 < torch.cuda.device_count() < size:
-        context, destroy = training.initialize_parallel(size), training.destroy_parallel
+        context, destroy = initialize_parallel(size), destroy_parallel
     else:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
