@@ -93,7 +93,7 @@ def main() -> None:
         torch.device("cuda" if ON_CUDA else "cpu"),
         sizes=SIZES,
         tp_size=args.tp_size,
-        rows=rows,
+        results=rows,
     )
 
 
@@ -111,10 +111,12 @@ def row(
     )
     return {
         "case": str(load),
+        "unit": "tokens/s",
         "ours": ours,
-        "vllm": vllms,
-        "ratio": ratio.median,
-        "rounds": ratio.rounds,
+        "peers": {"vLLM's Llama": vllms},
+        "ratios": {"vLLM's Llama": ratio.median},
+        "target": {"vLLM's Llama": TARGET},
+        "rounds": {"vLLM's Llama": ratio.rounds},
     }
 
 

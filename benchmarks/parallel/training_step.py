@@ -84,16 +84,16 @@ def report(context: ParallelContext, times: dict[str, float], out: Path) -> None
         f"{times['all']:.1f} ms, {ratio:.2f} times as fast (target for two GPUs "
         f"{TARGET})"
     )
-    write_record(
-        out / "tensor_parallel_step.json",
-        context.device,
-        parameters=parameters,
-        tokens=batch * seq,
-        tp_size=context.tp_size,
-        ms=times,
-        ratio=ratio,
-        target=TARGET,
-    )
+    result = {
+        "case": f"{batch}×{seq} tokens, TP={context.tp_size}",
+        "unit": "ms",
+        "ours": times["all"],
+        "peers": {"one rank": times["one"]},
+        "ratios": {"one rank": ratio},
+        "target": {"one rank": TARGET},
+    }
+    path = out / "tensor_parallel_step.json"
+    write_record(path, context.device, parameters=parameters, results=[result])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
+import tables
 from measure import as_graph, medians
 from record import write_record
 
@@ -100,9 +101,11 @@ def main() -> None:
             found = list(_measure(model, layer, out_features, in_features, args.rows))
             print(_line(found), flush=True)
             points += found
-    print(_summary(points))
-    results = [vars(point) | {"ratio": point.ratio} for point in points]
-    write_record(args.out, torch.device("cuda"), results=results)
+    results = _by_rows(points)
+    print(tables.table(results))
+    print(_slowest(points))
+    every = [vars(point) | {"ratio": point.ratio} for point in points]
+    write_record(args.out, torch.device("cuda"), results=results, points=every)
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -184,39 +187,44 @@ def _line(points: list[Point]) -> str:
 
 
 def _mark(point: Point) -> str:
+    """Ran: t, our kernel; c, cuBLASLt; v, vLLM's. !: its bits are not vLLM's."""
     return {"few_rows": "t", "cublaslt": "c", "vllm": "v"}[point.kernel] + (
         "" if point.equal_bits else "!"
     )
 
 
-def _summary(points: list[Point]) -> str:
-    """The columns' least ratios, and the slowest products."""
+def _by_rows(points: list[Point]) -> list[dict[str, object]]:
+    """For each number of rows the ratios over all weights, and whether bits differ."""
     by_rows: dict[int, list[Point]] = {}
     for point in points:
         by_rows.setdefault(point.shape[0], []).append(point)
-    lines = [
-        "cuBLAS' time over ours; t: our kernel, c: cuBLASLt, v: vLLM's, !: other bits",
-        "",
-        "| M | least | geometric mean | vLLM's over ours | equal bits |",
-        "|---|---|---|---|---|",
-    ]
+    results: list[dict[str, object]] = []
     for num_rows, column in by_rows.items():
-        ratios = torch.tensor([point.ratio for point in column])
-        peers = torch.tensor([p.us["vllm"] / p.us["ours"] for p in column])
+        cublas = torch.tensor([point.ratio for point in column])
+        vllm = torch.tensor([p.us["vllm"] / p.us["ours"] for p in column])
         equal = sum(point.equal_bits for point in column)
-        lines.append(
-            f"| {num_rows} | {ratios.min():.2f} | {ratios.log().mean().exp():.2f} "
-            f"| {peers.log().mean().exp():.2f} | {equal} of {len(column)} |"
+        results.append(
+            {
+                "case": f"{num_rows} rows",
+                "ratios": {
+                    "cuBLAS, least of all shapes": cublas.min().item(),
+                    "cuBLAS, geometric mean": cublas.log().mean().exp().item(),
+                    "vLLM's batch-invariant GEMM": vllm.log().mean().exp().item(),
+                },
+                "note": f"equal bits: {equal} of {len(column)}",
+            }
         )
-    worst = sorted(points, key=lambda point: point.ratio)[:12]
-    lines += ["", "Least ratios:"]
-    lines += [
+    return results
+
+
+def _slowest(points: list[Point]) -> str:
+    """The products of least ratio to cuBLAS, marked as by `_mark`."""
+    return "\n".join(
         f"{p.ratio:.3f}{_mark(p)} {p.model} {p.layer} {p.shape} "
         + ", ".join(f"{name} {time:.1f}" for name, time in p.us.items())
         + " us"
-        for p in worst
-    ]
-    return "\n".join(lines)
+        for p in sorted(points, key=lambda point: point.ratio)[:12]
+    )
 
 
 if __name__ == "__main__":

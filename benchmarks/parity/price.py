@@ -126,7 +126,7 @@ def engine(name: str) -> list[dict[str, object]]:
         ratio = Ratio.of(mode, normal)
         speeds = median(normal), median(mode), ratio.median
         found = row(f"engine, {load}", "tokens/s", *speeds)
-        rows.append(found | {"rounds": ratio.rounds})
+        rows.append(found | {"rounds": {"normal mode": ratio.rounds}})
     return rows
 
 
@@ -182,10 +182,10 @@ def row(
     return {
         "case": case,
         "unit": unit,
-        "normal": normal,
-        "batch_invariant": invariant,
-        "speed": speed,
-        "target": target,
+        "ours": invariant,
+        "peers": {"normal mode": normal},
+        "ratios": {"normal mode": speed},
+        "target": {"normal mode": target},
     }
 
 
@@ -208,7 +208,7 @@ def main() -> None:
         torch.device("cuda" if ON_CUDA else "cpu"),
         model=args.model,
         parameters=count_parameters(MODELS[args.model].config),
-        rows=rows,
+        results=rows,
     )
 
 
