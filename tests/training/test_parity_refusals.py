@@ -334,7 +334,7 @@ def test_weights_of_pipeline_stages_are_compared_as_a_whole():
 def test_what_is_no_engine_and_no_model(engine):
     server = SimpleNamespace(generate=None)
     for llm in (server, "a directory", type(engine), a_model()):
-        with pytest.raises(TypeError, match=r"samples from a vllm.LLM.*parity.compare"):
+        with pytest.raises(TypeError, match=r"must be a vllm.LLM.*parity.compare"):
             parity.check(llm, a_model(), PROMPTS)
     for model in ("a directory", GenericTransformerForCausalLM, {}, engine):
         with pytest.raises(TypeError, match="as model; give the training model, a t"):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Where this process stands in the parallel world, as one immutable value.
+"""Ranks, sizes and process groups of one process, as an immutable value.
 
 A model builder gets a `ParallelContext` from the engine, a trainer gets one from
 `vllm.training.initialize_parallel`, and every layer of
-`vllm.model_executor.layers.training` takes one. With it in hand a layer reads no
+`vllm.model_executor.layers.training` takes one. A layer that has one reads no
 process-global state.
 """
 
@@ -30,28 +30,26 @@ class ParallelContext:
     cannot be pickled; copying it (also as part of a module) returns the same object.
 
     Attributes:
-        tp_rank: rank within the tensor-parallel group.
-        tp_size: number of tensor-parallel ranks.
-        pp_rank: rank within the pipeline-parallel group, i.e. the stage.
-        pp_size: number of pipeline stages.
-        dp_rank: rank within the data-parallel group.
-        dp_size: number of data-parallel replicas.
-        rank: rank among all processes.
-        world_size: number of all processes; by default the product of the sizes.
-        local_rank: rank on this host, which picks the device.
-        device: the device of this rank; CPU by default.
-        tp_group: group for tensor-parallel collectives.
-        pp_group: group for pipeline transfers.
-        dp_group: group for data-parallel collectives. The groups of vLLM's are there
-            also where their size is 1, because for PyTorch no group means the world.
-            None in a world of one process, and where none was given.
-        tp_reduction_shards: the number of partial products that a row-parallel
-            output is the sum of, in the order of ranks. It is tp_size by default; a
-            trainer with a smaller tensor-parallel size reproduces the arithmetic of
-            an engine with a larger one by naming the engine's size here. An engine
-            takes it from `additional_config`:
-            LLM(..., additional_config={"tp_reduction_shards": n}). A multiple of
-            tp_size.
+        tp_rank: Rank within the tensor-parallel group.
+        tp_size: Number of tensor-parallel ranks.
+        pp_rank: Rank within the pipeline-parallel group, i.e. the stage.
+        pp_size: Number of pipeline stages.
+        dp_rank: Rank within the data-parallel group.
+        dp_size: Number of data-parallel replicas.
+        rank: Rank among all processes.
+        world_size: Number of all processes; by default the product of the sizes.
+        local_rank: Rank on this host, which picks the device.
+        device: The device of this rank; CPU by default.
+        tp_group: Group for tensor-parallel collectives.
+        pp_group: Group for pipeline transfers.
+        dp_group: Group for data-parallel collectives. vLLM's groups exist even if their
+            size is 1, because for PyTorch no group means all processes. None with one
+            process, and if no group was given.
+        tp_reduction_shards: Number of partial products that a row-parallel output is
+            the sum of, in rank order. A multiple of tp_size, which is the default. To
+            be bitwise identical to an engine with a larger tensor-parallel size, a
+            trainer sets the engine's size here. An engine takes it from
+            `additional_config`: LLM(..., additional_config={"tp_reduction_shards": n}).
     """
 
     tp_rank: int = 0
@@ -110,23 +108,23 @@ class ParallelContext:
 
     @classmethod
     def single(cls, device: torch.device | str | None = None) -> ParallelContext:
-        """The context of a process on its own: every size 1, no groups.
+        """Return the context of a single process: every size is 1, without groups.
 
         Args:
-            device: device of the process; CPU by default.
+            device: Device of the process; CPU by default.
         """
         return cls(device=torch.device(device or "cpu"))
 
     @classmethod
     def current(cls) -> ParallelContext:
-        """The context of vLLM's process groups in this process.
+        """Return the context of vLLM's process groups in this process.
 
         Returns:
             The context, inside a vLLM worker or after
             `vllm.training.initialize_parallel`.
 
         Raises:
-            RuntimeError: the groups do not exist.
+            RuntimeError: The groups do not exist.
         """
         from vllm.model_executor import vllm_internals
 
@@ -162,9 +160,9 @@ class ParallelContext:
 
     @classmethod
     def current_or_single(cls) -> ParallelContext:
-        """`current()` where vLLM's groups exist, else `single()`.
+        """Return `current()` if vLLM's groups exist, else `single()`.
 
-        This is what a layer uses that was given no context.
+        A layer without a context uses this one.
         """
         from vllm.model_executor import vllm_internals
 
@@ -173,11 +171,11 @@ class ParallelContext:
         return cls.single()
 
     def device_mesh(self) -> DeviceMesh:
-        """A mesh with dims ("dp", "pp", "tp") over the context's own groups.
+        """Return a mesh with dims ("dp", "pp", "tp") over the context's groups.
 
         For DTensor and FSDP2: `fully_shard(model, mesh=context.device_mesh()["dp"])`.
-        All ranks call it together, once; it makes a group of one for each dim of
-        size 1 that has none.
+        All ranks call this together, once. It creates a group of one process for each
+        dim of size 1 that has no group.
 
         Raises:
             RuntimeError: torch.distributed is not initialised, or a group is missing.
@@ -212,13 +210,13 @@ class ParallelContext:
         )
 
     def group(self, axis: str) -> ProcessGroup:
-        """The process group of one axis, for a collective over it.
+        """Return the process group of one axis, for a collective over it.
 
         Args:
             axis: "tp", "pp" or "dp".
 
         Raises:
-            RuntimeError: the context has no such group.
+            RuntimeError: The context has no such group.
         """
         group = getattr(self, f"{axis}_group")
         if group is None:

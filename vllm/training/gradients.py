@@ -26,20 +26,20 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scale a model's gradients so that their norm is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_` on a model in one process: the norm is that of
-    all gradients together, each element counted once however many ranks hold it. All
-    processes call it, after the backward, when DistributedDataParallel or FSDP2 have
-    summed the gradients, and all scale by the same factor.
+    The result is that of `torch.nn.utils.clip_grad_norm_` on the model in one process:
+    the norm covers all gradients, and each element counts once, however many ranks
+    hold it. All processes call this after the backward, when DistributedDataParallel
+    or FSDP2 have added up the gradients. All processes scale by the same factor.
 
     Args:
-        model: a trainer's model, also under DistributedDataParallel or FSDP2.
-        max_norm: above 0; `math.inf` measures only.
-        context: that the model was built with.
+        model: A trainer's model, also under DistributedDataParallel or FSDP2.
+        max_norm: Largest norm, above 0. With `math.inf` the gradients do not change.
+        context: The context that the model was built with.
 
     Returns:
-        The 2-norm before, a scalar; fp64 if the model has fp64, else fp32. The factor
-        is rounded to a gradient's dtype. Where gradients are infinite or NaN so is the
-        norm, and the scaled gradients are NaN.
+        The 2-norm before scaling, shape = [], fp64 if the model has fp64 parameters,
+        else fp32. The factor is rounded to each gradient's dtype. If a gradient is
+        infinite or NaN, so is the norm, and the scaled gradients are NaN.
 
     Raises:
         ValueError: max_norm is not above 0, or no parameter of any rank has a

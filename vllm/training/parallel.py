@@ -46,28 +46,30 @@ def initialize_parallel(
 ) -> ParallelContext:
     """Set up vLLM's process groups in a trainer.
 
-    Every process of the job calls it once, started by torchrun or with its
-    environment variables set; a process started on its own is a world of one. The
-    processes left over by tensor and pipeline parallelism form the data-parallel
-    groups. Ranks of one tensor-parallel group are adjacent.
+    Every process of the job calls this once. torchrun starts the processes, or another
+    launcher that sets torchrun's environment variables. A process without these
+    variables is a job of one process. Processes that tensor and pipeline parallelism
+    do not use form the data-parallel groups. The ranks of a tensor-parallel group are
+    adjacent.
 
-    Where the groups exist already with the same sizes, their context is returned.
+    If the groups already exist with the same sizes, the function returns their context.
 
     Args:
-        tensor_parallel_size: number of tensor-parallel ranks.
-        pipeline_parallel_size: number of pipeline stages.
+        tensor_parallel_size: Number of tensor-parallel ranks.
+        pipeline_parallel_size: Number of pipeline stages.
         backend: torch.distributed backend; that of vLLM's platform if None ("nccl"
             on CUDA, "gloo" on CPU).
-        timeout: how long a collective waits for the other processes before it fails,
-            whole seconds; torch's default for the backend if None. It has to be longer
+        timeout: Time that a collective waits for the other processes before it raises,
+            in whole seconds; torch's default for the backend if None. Choose it longer
             than one process can be ahead of another.
 
     Returns:
         The context for layers and model builders, on device cuda:local_rank or cpu.
 
     Raises:
-        ValueError: sizes that do not divide the world, or another timeout.
-        RuntimeError: the groups exist with other sizes, or the launcher's
+        ValueError: The sizes do not divide the number of processes, or the timeout is
+            invalid.
+        RuntimeError: The groups exist with other sizes, or the launcher's
             environment variables are incomplete.
     """
     for name, size in (
@@ -105,10 +107,10 @@ def initialize_parallel(
 
 
 def destroy_parallel() -> None:
-    """Take down what `initialize_parallel` set up, torch.distributed included.
+    """Destroy the process groups of `initialize_parallel` and of torch.distributed.
 
-    Contexts and layers made from it can no longer communicate. Does nothing where
-    there are no groups.
+    Contexts and layers that use the groups can no longer communicate. Without groups
+    the function does nothing.
     """
     vllm_internals.destroy_model_parallel()
     vllm_internals.destroy_distributed_environment()

@@ -48,24 +48,25 @@ RECORD_NAME = "optimizer.pt"
 def save_state(
     model: nn.Module, optimizer: Optimizer, directory: str | os.PathLike
 ) -> None:
-    """Write a trainer's weights and optimizer state, whole or not at all.
+    """Write a trainer's weights and optimizer state, completely or not at all.
 
-    Every process of the job calls it; each writes a part of what it holds. The
-    directory appears under its name when all of it is written. A process that is
-    killed before leaves `.NAME.unfinished` beside it, which the next save of that name
-    removes.
+    Every process of the job calls this, and each writes a part. The directory gets its
+    name when everything is written. If a process is killed before that,
+    `.NAME.unfinished` remains. The next save of that name removes it.
 
     Args:
-        model: built with the `ParallelContext` of this process, also under
+        model: Built with the `ParallelContext` of this process, also under
             DistributedDataParallel or FSDP2.
-        optimizer: of parameters of the model. What it keeps of one has to have its
-            shape, or be a single number.
-        directory: a new one, on a file system that all processes share.
+        optimizer: An optimizer of the model's parameters. Its state for a parameter
+            must have the parameter's shape or be a single number.
+        directory: A directory that does not exist, on a file system that all processes
+            share.
 
     Raises:
-        FileExistsError: the directory exists.
-        ValueError: an optimizer of other parameters, or with other state.
-        RuntimeError: another process failed; the message says why.
+        FileExistsError: The directory exists.
+        ValueError: The optimizer has parameters that are not the model's, or other
+            state.
+        RuntimeError: Another process failed. The message says why.
     """
     directory = Path(directory)
     unfinished = directory.with_name(f".{directory.name}.unfinished")
@@ -94,22 +95,22 @@ def save_state(
 def load_state(
     model: nn.Module, optimizer: Optimizer, directory: str | os.PathLike
 ) -> None:
-    """Resume from what `save_state` wrote, under any sharding and number of processes.
+    """Load what `save_state` wrote, with any sharding and any number of processes.
 
-    Every process of the job calls it; each reads what it holds. Nothing is changed
-    unless all of it fits.
+    Every process of the job calls this, and each reads what it holds. If something does
+    not fit, nothing is changed.
 
     Args:
-        model: built with the `ParallelContext` of this process, also under
+        model: Built with the `ParallelContext` of this process, also under
             DistributedDataParallel or FSDP2.
-        optimizer: of the class and of the parameters that were saved.
-        directory: of `save_state`.
+        optimizer: An optimizer of the class and the parameters that were saved.
+        directory: The directory that `save_state` wrote.
 
     Raises:
-        FileNotFoundError: the directory is not there, or not complete.
-        ValueError: names everything that is missing, extra, or of another shape or
-            dtype.
-        RuntimeError: another process failed; the message says why.
+        FileNotFoundError: The directory does not exist or is incomplete.
+        ValueError: Something is missing, extra, or of another shape or dtype. The
+            message names all of it.
+        RuntimeError: Another process failed. The message says why.
     """
     directory = Path(directory)
     record = on_rank_0(partial(_read_record, directory))
@@ -188,8 +189,8 @@ class _Trained:
         """Load weights and state that have been found to fit.
 
         Args:
-            directory: of the checkpoint.
-            saved: the parameters' part of its record.
+            directory: Of the checkpoint.
+            saved: The parameters' part of its record.
         """
         pieces, state = list(self.weights()), {}
         for index, name in enumerate(self.names):
@@ -242,10 +243,10 @@ class _Fit:
     """What one rank needs of a checkpoint, and what is wrong with it.
 
     Attributes:
-        wanted: names of the stored tensors it needs.
-        trained: names of the parameters it trains.
-        aliases: other names of tied parameters, with the name of the first.
-        problems: as `refuse_misfit` takes them.
+        wanted: Names of the stored tensors it needs.
+        trained: Names of the parameters it trains.
+        aliases: Other names of tied parameters, with the name of the first.
+        problems: As `refuse_misfit` takes them.
     """
 
     wanted: set[str] = field(default_factory=set)

@@ -122,15 +122,15 @@ class CheckpointLayout:
 
 
 def sharding(model: nn.Module) -> dict[str, LocalParameter]:
-    """How every parameter and persistent buffer of a model is sharded.
+    """Return how every parameter and persistent buffer of a model is sharded.
 
     Args:
-        model: a trainer's model, built with the `ParallelContext` of this process, also
-            under DistributedDataParallel or FSDP2. An engine is asked by
+        model: A trainer's model, built with the `ParallelContext` of this process, also
+            under DistributedDataParallel or FSDP2. For an engine, call
             `llm.collective_rpc("call_training", args=("sharding",))`.
 
     Returns:
-        What this rank holds, by parameter name. Tied parameters stand under the first
+        What this rank holds, by parameter name. Tied parameters appear under the first
         of their names.
     """
     return CheckpointLayout.of(model).parameters
@@ -151,7 +151,7 @@ def refuse_meta(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a module that has no memory for its tensors.
 
     Raises:
-        ValueError: names the first tensor on the meta device.
+        ValueError: Names the first tensor on the meta device.
     """
     names = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if names:
@@ -278,8 +278,8 @@ def refuse_misfit(
     """Report everything that is wrong with a checkpoint, if anything is.
 
     Args:
-        problems: the names that are concerned, by what is wrong with them.
-        hooks: what changes state dicts and is not run, in words.
+        problems: The names that are concerned, by what is wrong with them.
+        hooks: What changes state dicts and is not run, in words.
 
     Raises:
         ValueError: Names all of them.

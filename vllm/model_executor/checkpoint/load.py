@@ -26,17 +26,18 @@ from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hook
 def load_checkpoint(module: nn.Module, directory: str | os.PathLike) -> None:
     """Load a model directory's safetensors into a training module.
 
-    Each rank reads its pieces alone. Nothing is written to the module unless the whole
-    checkpoint fits.
+    Each rank reads only its shards. If the checkpoint does not fit, the module stays
+    unchanged.
 
     Args:
         module: Built with the `ParallelContext` of this process, also under
             DistributedDataParallel or FSDP2.
-        directory: Holds `model.safetensors`, or several files and their index.
+        directory: Directory with `model.safetensors`, or several files and their index.
 
     Raises:
-        FileNotFoundError: There are no safetensors.
-        ValueError: Names all missing, extra and wrongly shaped tensors.
+        FileNotFoundError: The directory has no safetensors.
+        ValueError: Tensors are missing, extra, or of a wrong shape. The message names
+            all of them.
     """
     directory = Path(directory)
     layout, targets = CheckpointLayout.of(module), tensors_of(module)

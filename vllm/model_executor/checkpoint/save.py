@@ -17,17 +17,16 @@ from vllm.model_executor.checkpoint.specification import CheckpointTensor
 
 
 def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The whole tensors of a checkpoint of `module`, detached, on every rank.
+    """Yield the whole tensors of a checkpoint of `module`, detached, on every rank.
 
-    They can be given to an engine as they are:
+    You can pass them to an engine in this process:
     `llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(...)})`.
 
-    The processes of a job that shards the module iterate together, to the end: pieces
-    are gathered, one tensor at a time. Of a module that is not sharded each process has
-    the tensors alone.
+    If the module is sharded, all processes of the job iterate together to the end,
+    because shards are gathered one tensor at a time.
 
     Raises:
-        RuntimeError: The processes together do not hold the module.
+        RuntimeError: The processes together do not hold all of the module.
     """
     gatherer = Gatherer(module, alone=True)
     for name in gatherer.tensors:
@@ -39,22 +38,22 @@ def save_checkpoint(
     directory: str | os.PathLike,
     max_shard_size: int = 5 * 2**30,
 ) -> None:
-    """Write a module's tensors as one checkpoint of safetensors, whole or not at all.
+    """Write a module's tensors as one checkpoint of safetensors.
 
-    Where there are several processes all of them call it, and it returns when the
-    checkpoint is written. Rank 0 writes; it holds one file's tensors at a time, the
-    others one tensor. The old checkpoint stays until the new one is complete.
+    All processes of a job call this, and it returns when the checkpoint is written.
+    Rank 0 writes. It holds the tensors of one file at a time; the other ranks hold one
+    tensor. The old checkpoint stays until the new one is complete.
 
     Args:
         module: A training module, sharded or not, also under DistributedDataParallel
             or FSDP2.
-        directory: Made if it does not exist.
+        directory: Where to write. It is created if it does not exist.
         max_shard_size: Size of a file in bytes: a larger checkpoint becomes several
             files and `model.safetensors.index.json`.
 
     Raises:
-        RuntimeError: The processes together do not hold the module, or rank 0 could
-            not write; the message says why.
+        RuntimeError: The processes together do not hold all of the module, or rank 0
+            could not write. The message says why.
     """
     gatherer = Gatherer(module, alone=False)
     groups = _file_groups(gatherer.tensors, max_shard_size)

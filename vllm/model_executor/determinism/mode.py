@@ -24,12 +24,13 @@ def is_batch_invariant() -> bool:
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Run the layers with the bits of a batch-invariant engine inside.
+    """Run the layers in batch-invariant mode inside this context.
 
-    It may be nested, and holds for all threads of the process. VLLM_BATCH_INVARIANT=1
-    in the environment turns the mode on for the whole process, and for the engines
-    that it starts. A backward may run outside, but not that of activation checkpoints,
-    which computes the forward again.
+    The results are then bitwise identical to those of an engine that was started with
+    VLLM_BATCH_INVARIANT=1. The context may be nested and applies to all threads of the
+    process. VLLM_BATCH_INVARIANT=1 in the environment turns the mode on for the whole
+    process and for the engines that it starts. A backward may run outside the context,
+    except that of activation checkpointing, which computes the forward again.
     """
     global _depth
     _depth += 1

@@ -85,13 +85,13 @@ def require_equal(
     """Compare results that have to have the same bits.
 
     Args:
-        what: was computed, for the message.
-        part: the result of a part of the batch.
-        expected: the same rows of the result of the whole batch.
-        of: number of rows of the whole batch.
+        what: What was computed, for the message.
+        part: The result of a part of the batch.
+        expected: The same rows of the result of the whole batch.
+        of: Number of rows of the whole batch.
 
     Raises:
-        BatchInvarianceError: they differ.
+        BatchInvarianceError: The results differ.
     """
     if torch.equal(part, expected):
         return

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whether the trainer's logprobs equal the engine's, bit for bit.
+"""Compare the logprobs of trainer and engine, bit for bit.
 
 report = parity.check(llm, model, prompts)
 report.raise_if_different()

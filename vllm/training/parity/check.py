@@ -34,28 +34,28 @@ def check(
 ) -> ParityReport:
     """Sample from the engine and compare its logprobs with the trainer's, bit for bit.
 
-    Cheap enough for a few prompts of every RL step: one generation, one forward of the
-    trainer and one pass over its weights.
+    This costs one generation, one forward of the trainer and one pass over its weights:
+    cheap enough for a few prompts of every reinforcement learning step.
 
     Args:
-        llm: an engine in batch-invariant mode with the trainer's weights.
-        model: the training model. Its gradients, mode and weights stay as they are.
-        prompts: token ids, each a list of ints or a tensor or array of integers, shape
-            = [num_tokens]; or texts if the engine has a tokenizer.
-        max_tokens: tokens to sample for each prompt.
-        temperature: of the sampling.
-        full_vocab: compare the logprobs of the whole vocabulary at every token; the
+        llm: An engine in batch-invariant mode with the trainer's weights.
+        model: The training model. Its gradients, mode and weights stay as they are.
+        prompts: Token ids: each prompt is a list, tensor or array of integers,
+            shape = [num_tokens]. Or texts, if the engine has a tokenizer.
+        max_tokens: Number of tokens to sample for each prompt.
+        temperature: Temperature of the sampling.
+        full_vocab: Compare the logprobs of the whole vocabulary at every token. The
             engine needs max_logprobs=-1.
-        localise: if tokens differ, run the first of them again, as a prefill, and name
+        localise: If tokens differ, run the first of them again as a prefill, and name
             the first module whose output differs. For eager engines.
-        head: path of the module in the trainer that gives logits. Default: that of the
+        head: Path of the module in the trainer that gives logits. Default: that of the
             engine's module if the trainer's has it, else as `@model_builder` finds it.
 
     Raises:
-        TypeError: llm is no `vllm.LLM`, model no module, or a prompt neither text nor
-            token ids; or the trainer changes its head's output.
-        ValueError: trainer and engine cannot be equal, with every reason and the
-            setting to change, or there is nothing to compare.
+        TypeError: `llm` is not a `vllm.LLM`, `model` is not a module, a prompt is
+            neither text nor token ids, or the trainer changes its head's output.
+        ValueError: Trainer and engine cannot be equal, or there is nothing to compare.
+            The message names every reason and the setting to change.
     """
     known = refuse_incomparable(llm, model, full_vocab, localise)
     inputs = engine_prompts(llm, prompts)

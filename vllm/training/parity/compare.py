@@ -38,10 +38,10 @@ class TokenDifferences:
 
     Attributes:
         equal: bool.
-        token: ids, int64.
-        engine: logprobs, fp32.
-        trainer: logprobs, fp32.
-        kl: each token's term of the KL, fp64.
+        token: Ids, int64.
+        engine: Logprobs, fp32.
+        trainer: Logprobs, fp32.
+        kl: Each token's term of the KL, fp64.
     """
 
     equal: torch.Tensor
@@ -62,26 +62,27 @@ def compare(
 ) -> ParityReport:
     """Compare the logprobs in an engine's outputs with the trainer's, bit for bit.
 
-    Every sampled token is compared, and every token of a prompt where the outputs hold
-    prompt logprobs. Nothing is known about the engine here: `check` refuses engines
-    that cannot be equal.
+    This compares every sampled token, and every prompt token whose logprob the outputs
+    contain. It does not know the engine's settings; `check` raises for engines that
+    cannot be equal.
 
     Args:
-        model: the training model, with the engine's weights.
-        outputs: what `LLM.generate` returned with SamplingParams(logprobs=0).
-        full_vocab: compare the logprobs of all tokens of the vocabulary, which
+        model: The training model, with the engine's weights.
+        outputs: The outputs of `LLM.generate` with SamplingParams(logprobs=0).
+        full_vocab: Compare the logprobs of all tokens of the vocabulary, which
             SamplingParams(logprobs=-1) gives.
-        temperature: what the logprobs of sampled tokens are computed with: 1 unless the
-            engine was started with logprobs_mode="processed_logprobs"; there that of
-            the sampling, which must not use top_k, top_p, min_p, penalties or biases.
-        batched: whether the model wants `[batch, seq]`; see `BuilderOptions.batched`.
-        head: path of the module that gives logits. Default: `lm_head`, else the only
+        temperature: Temperature of the logprobs of sampled tokens: 1, unless the engine
+            was started with logprobs_mode="processed_logprobs". In that case it is the
+            temperature of the sampling, which must not use top_k, top_p, min_p,
+            penalties or biases.
+        batched: Whether the model takes `[batch, seq]`; see `BuilderOptions.batched`.
+        head: Path of the module that gives logits. Default: `lm_head`, else the only
             module, except for embeddings, with a weight of the embedding's shape.
 
     Raises:
-        ValueError: there is no token to compare, outputs lack their logprobs, or the
+        ValueError: There is no token to compare, the outputs lack logprobs, or the
             model's head cannot be found.
-        TypeError: the model changes the output of its head.
+        TypeError: The model changes the output of its head.
     """
     return compare_with(Scorer(model, batched, head), outputs, full_vocab, temperature)
 

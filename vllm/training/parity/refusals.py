@@ -98,9 +98,9 @@ def _check_kinds(llm: Any, model: Any) -> None:
         llm, "llm_engine"
     ):
         raise TypeError(
-            f"parity.check got {_kind(llm)} as llm, and samples from a vllm.LLM. With "
-            "another engine or a server generate with SamplingParams(logprobs=0) "
-            "yourself and give the outputs to parity.compare(model, outputs)."
+            f"parity.check got {_kind(llm)} as llm; it must be a vllm.LLM. With "
+            "another engine or a server, generate with SamplingParams(logprobs=0) and "
+            "pass the outputs to parity.compare(model, outputs)."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(

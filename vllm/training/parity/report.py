@@ -24,17 +24,17 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a logprob of the trainer is not the engine's.
+    """A place where a logprob of the trainer differs from the engine's.
 
     Attributes:
-        request: index of the request among the outputs.
-        completion: index of the completion of that request.
-        position: of the token in its sequence, prompt included, counted from 0.
-        token: id of the token whose logprob differs; with the full vocabulary it need
+        request: Index of the request among the outputs.
+        completion: Index of the completion of that request.
+        position: Of the token in its sequence, prompt included, counted from 0.
+        token: Id of the token whose logprob differs; with the full vocabulary it need
             not be the one at the position.
-        engine: the engine's logprob.
-        trainer: the trainer's logprob.
-        layer: path of the first module whose output differs; None if not looked for,
+        engine: The engine's logprob.
+        trainer: The trainer's logprob.
+        layer: Path of the first module whose output differs; None if not looked for,
             or if a prefill agrees in every module, so that decoding, the head or the
             sampler differs.
     """
@@ -63,21 +63,21 @@ class ParityReport:
     """How the trainer's logprobs compare with the engine's.
 
     Attributes:
-        tokens: number of tokens compared, at least 1.
-        equal: how many of them have the same logprobs bit for bit.
-        max_abs_diff: largest difference of two logprobs, in nats.
-        kl: of engine from trainer, in nats a token: the mean over the sampled tokens.
+        tokens: Number of tokens compared, at least 1.
+        equal: How many of them have the same logprobs bit for bit.
+        max_abs_diff: Largest difference of two logprobs, in nats.
+        kl: Of engine from trainer, in nats a token: the mean over the sampled tokens.
             With the full vocabulary it is exact; else estimated from the logprobs of
             the sampled tokens by exp(d) - 1 - d with d = trainer - engine, which is
             unbiased for tokens sampled at temperature 1 and never negative. 0 if no
             sampled token was compared.
-        full_vocab: whether the logprobs of the whole vocabulary were compared.
-        first_difference: in the order of requests and positions.
-        weights_compared: whether the weights of both are known to be the same.
-        weights_note: why they are not known to be.
-        differences: trainer minus engine of each token, fp64, shape = [tokens]; with
+        full_vocab: Whether the logprobs of the whole vocabulary were compared.
+        first_difference: In the order of requests and positions.
+        weights_compared: Whether the weights of both are known to be the same.
+        weights_note: Why they are not known to be.
+        differences: Trainer minus engine of each token, fp64, shape = [tokens]; with
             the full vocabulary that of the entry which differs most.
-        next_step: what to look at if tokens differ.
+        next_step: What to look at if tokens differ.
     """
 
     tokens: int
@@ -106,10 +106,10 @@ class ParityReport:
         return self.equal == self.tokens
 
     def raise_if_different(self) -> None:
-        """Do nothing if all are equal.
+        """Raise if a logprob differs.
 
         Raises:
-            ParityError: names the first difference.
+            ParityError: A logprob differs. The message names the first difference.
         """
         if not self.all_equal:
             raise ParityError(

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class SiluAndMul(TrainingLayer):
-    """silu(gate) * up, of gate and up side by side (SwiGLU, arXiv:2002.05202).
+    """silu(gate) * up, with gate and up concatenated (SwiGLU, arXiv:2002.05202).
 
     Under tensor parallelism the input is the rank's output of a merged
-    column-parallel layer. The engine runs the same op in batch-invariant mode, else
-    vLLM's layer.
+    column-parallel layer. In batch-invariant mode the engine runs the same
+    op, else vLLM's layer.
     """
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -47,7 +47,7 @@ class SiluAndMul(TrainingLayer):
 
 
 class GeluAndMul(TrainingLayer):
-    """gelu(gate) * up, of gate and up side by side (GeGLU, arXiv:2002.05202).
+    """gelu(gate) * up, with gate and up concatenated (GeGLU, arXiv:2002.05202).
 
     Otherwise as `SiluAndMul`.
 
@@ -87,14 +87,14 @@ class GeluAndMul(TrainingLayer):
 class Gelu(TrainingLayer):
     """GELU, such as GPT-2's (arXiv:1606.08415).
 
-    Trainer and engine run the same op. Compiled, `torch.nn.functional.gelu` has other
-    bits than in eager mode; the op has not.
+    Trainer and engine run the same op. Compiled and eager results of this op are
+    bitwise identical; those of `torch.nn.functional.gelu` are not.
 
     Args:
-        approximate: as in `GeluAndMul`.
+        approximate: As in `GeluAndMul`.
 
     Raises:
-        ValueError: another `approximate`.
+        ValueError: `approximate` has another value.
     """
 
     def __init__(self, approximate: str = "none") -> None:
@@ -106,10 +106,10 @@ class Gelu(TrainingLayer):
         """Apply the activation.
 
         Args:
-            x: of any shape, floating point.
+            x: Of any shape, floating point.
 
         Returns:
-            shape and dtype of x.
+            Shape and dtype of x.
         """
         return gelu(x, self.approximate == "tanh")
 

@@ -39,32 +39,32 @@ class TrainableAttention(TrainingLayer):
     """Multi-head, grouped-query or multi-query self-attention.
 
     Query head h reads key/value head h // (num_heads // num_kv_heads), as in Llama and
-    in vLLM. Libraries that repeat all key/value heads one after another, as
-    `key.repeat(1, num_heads // num_kv_heads, 1)` does, read head h % num_kv_heads: for
-    their weights sort the query heads, those of one key/value head side by side, in the
-    rows of the query's projection and in the columns of the output's.
+    in vLLM. In libraries that repeat all key/value heads one after another, as
+    `key.repeat(1, num_heads // num_kv_heads, 1)` does, it reads head h % num_kv_heads.
+    Reorder the query heads of such weights, in the rows of the query's projection and
+    in the columns of the output's, so that those of one key/value head are adjacent.
 
     Outside the engine it computes attention under autograd, within each sequence.
     Inside the engine it is vLLM's `Attention` with its paged KV cache.
 
     Args:
-        num_heads: query heads on this rank, as for vLLM's `Attention`.
-        head_size: size of each head.
-        scale: factor on the dot products; 1/sqrt(head_size) if None.
+        num_heads: Query heads on this rank, as for vLLM's `Attention`.
+        head_size: Size of each head.
+        scale: Factor on the dot products; 1/sqrt(head_size) if None.
         num_kv_heads: key/value heads on this rank; num_heads if None.
-        causal: a query sees keys up to its own position.
-        sliding_window: a query sees this many latest positions, its own among them.
-        logits_soft_cap: caps the scaled dot products s at ±C by C * tanh(s / C).
-        sinks: learn one more score for each head, whose value is zero.
-        alibi_slopes: of each head on this rank: a key at distance d is scored
-            slope * d less (ALiBi). They are constants.
-        dropout: must be 0: no kernel has it, neither here nor in the engine.
-        implementation: name of what computes outside the engine, of those in
-            `ops.attention.table`; None: the first that can, which is logged.
-        deterministic: gradients are equal bit for bit from run to run.
-        params_dtype: dtype of the sinks; torch's default dtype if None.
-        parallel_context: the context that the sinks are sharded by. The heads are
-            already this rank's.
+        causal: A query sees keys up to its own position.
+        sliding_window: A query sees this many latest positions, its own among them.
+        logits_soft_cap: Caps the scaled dot products s at ±C by C * tanh(s / C).
+        sinks: Learn one more score for each head, whose value is zero.
+        alibi_slopes: Slope of each head on this rank. ALiBi subtracts slope * d from
+            the score of a key at distance d. The slopes are constants.
+        dropout: Must be 0. No kernel supports dropout, in trainer or engine.
+        implementation: Name of an implementation of `ops.attention.table`, for outside
+            the engine. If None, the first that can compute the call, which is logged.
+        deterministic: Gradients are bitwise identical from run to run.
+        params_dtype: Dtype of the sinks; torch's default dtype if None.
+        parallel_context: The context that the sinks are sharded by. The head counts are
+            those of this rank.
 
     Attributes:
         sinks: shape = [num_heads], trained; None without sinks.
@@ -74,7 +74,7 @@ class TrainableAttention(TrainingLayer):
         engine: vLLM's `Attention` inside the engine, else None.
 
     Raises:
-        ValueError: heads or features that make no sense.
+        ValueError: Heads or features are invalid.
     """
 
     sinks: nn.Parameter | None
@@ -213,13 +213,13 @@ class TrainableAttention(TrainingLayer):
                 [batch, seq, num_heads, head_size] or
                 [batch, seq, num_heads * head_size]. Three dims of which the last two
                 are (num_heads, head_size) are the first of these.
-            key: as the query, with num_kv_heads heads and the same tokens.
-            value: as the key.
-            cu_seqlens: where the packed sequences begin and end, torch.int32, on the
+            key: As the query, with num_kv_heads heads and the same tokens.
+            value: As the key.
+            cu_seqlens: Where the packed sequences begin and end, torch.int32, on the
                 query's device, shape = [num_seqs + 1], from 0 to num_tokens; None:
                 packed tokens are one sequence. Not for batched tensors. Sequences may
                 be empty. Not read on the host, so on CUDA its values are not checked.
-            max_seqlen: length of the longest sequence, if known: on CUDA it saves the
+            max_seqlen: Length of the longest sequence, if known: on CUDA it saves the
                 kernels work.
 
         Returns:
@@ -229,7 +229,7 @@ class TrainableAttention(TrainingLayer):
         metadata says which tokens form a request.
 
         Raises:
-            ValueError: shapes or cu_seqlens that do not fit.
+            ValueError: Shapes or cu_seqlens do not match.
         """
         q, batch_and_seq = packed_view("query", query, self.num_heads, self.head_size)
         k, key_batch = packed_view("key", key, self.num_kv_heads, self.head_size)
@@ -274,7 +274,7 @@ class TrainableAttention(TrainingLayer):
         """A function of each token's own query, key and value; see `TrainingLayer`.
 
         Args:
-            inputs: query, shape = [num_tokens, num_heads * head_size], key and value,
+            inputs: Query, shape = [num_tokens, num_heads * head_size], key and value,
                 shape = [num_tokens, num_kv_heads * head_size].
 
         Returns:
@@ -293,7 +293,7 @@ class TrainableAttention(TrainingLayer):
         """Create vLLM's attention under the layer's module path.
 
         Raises:
-            ValueError: the layer is not causal, or the engine's attention backend
+            ValueError: The layer is not causal, or the engine's attention backend
                 has no kernel for its head size, its sinks or its ALiBi slopes.
         """
         if not self.spec.causal:

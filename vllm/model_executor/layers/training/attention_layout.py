@@ -15,8 +15,8 @@ def packed_view(
     """View a tensor of any accepted layout as packed heads.
 
     Args:
-        name: what the tensor is, for errors.
-        tensor: one of
+        name: What the tensor is, for errors.
+        tensor: One of
 
             - [num_tokens, num_heads * head_size]
             - [num_tokens, num_heads, head_size]
@@ -26,15 +26,15 @@ def packed_view(
             A tensor of three dims whose last two are (num_heads, head_size) is
             packed; a batch of sequences of one head and one token is therefore
             given with four dims.
-        num_heads: heads of the tensor on this rank.
-        head_size: size of a head.
+        num_heads: Heads of the tensor on this rank.
+        head_size: Size of a head.
 
     Returns:
         The view, shape = [num_tokens, num_heads, head_size], and (batch, seq) where
         the layout is batched.
 
     Raises:
-        ValueError: the shape is none of the above.
+        ValueError: The shape is none of the above.
     """
     shape, heads = tuple(tensor.shape), (num_heads, head_size)
     if tensor.ndim == 2 and shape[1] == num_heads * head_size:
@@ -65,11 +65,11 @@ def sequence_bounds(
     Nothing is read from the device.
 
     Args:
-        num_tokens: tokens over all sequences.
+        num_tokens: Tokens over all sequences.
         batch_and_seq: (batch, seq) of a batched call, else None.
-        cu_seqlens: cumulative lengths of a packed call; None: one sequence.
-        max_seqlen: upper bound of the lengths, if the caller knows one.
-        device: where the tokens are.
+        cu_seqlens: Cumulative lengths of a packed call; None: one sequence.
+        max_seqlen: Upper bound of the lengths, if the caller knows one.
+        device: Where the tokens are.
 
     Returns:
         cu_seqlens and max_seqlen as `ops.attention` takes them.
@@ -122,7 +122,7 @@ def check_max_seqlen(max_seqlen: int) -> None:
     """Check that it is an integer of the host and a length.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     # Where shapes are dynamic it is a SymInt.
     valid = isinstance(max_seqlen, (Integral, torch.SymInt))

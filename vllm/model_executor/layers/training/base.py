@@ -48,10 +48,10 @@ def resolve_dtype(params_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a layer's parameters.
 
     Args:
-        params_dtype: a supported dtype; None means torch's default dtype.
+        params_dtype: A supported dtype; None means torch's default dtype.
 
     Raises:
-        ValueError: a dtype that the layers do not support.
+        ValueError: A dtype that the layers do not support.
     """
     dtype = torch.get_default_dtype() if params_dtype is None else params_dtype
     if dtype not in SUPPORTED_DTYPES:
@@ -94,9 +94,9 @@ class TrainingLayer(nn.Module):
     own kernels. The check at the start of an engine sets it to `row_wise`.
 
     Attributes:
-        has_state: whether the layer has state.
-        parallel_context: the context the layer was built by.
-        sequence_parallel: the layer begins, ends or is inside a region where each rank
+        has_state: Whether the layer has state.
+        parallel_context: The context the layer was built by.
+        sequence_parallel: The layer begins, ends or is inside a region where each rank
             holds a slice of the tokens. The engine, whose ranks hold all of them, sets
             it to False.
     """
@@ -120,8 +120,8 @@ class TrainingLayer(nn.Module):
         the current vLLM config, default dtype and device set as for vLLM's models.
 
         Args:
-            vllm_config: the engine's config.
-            prefix: the layer's module path in the model.
+            vllm_config: The engine's config.
+            prefix: The layer's module path in the model.
 
         Returns:
             The module that takes this one's place: the layer itself, or vLLM's own
@@ -136,7 +136,7 @@ class TrainingLayer(nn.Module):
         leaves it.
 
         Args:
-            inputs: what the layer calls `engine` with.
+            inputs: What the layer calls `engine` with.
         """
         raise NotImplementedError(f"{type(self).__name__} has no row_wise.")
 
@@ -178,7 +178,7 @@ class TrainingLayer(nn.Module):
         """Whether vLLM's replacement of this layer must ignore tensor parallelism.
 
         Raises:
-            ValueError: the layer is sharded otherwise than the engine.
+            ValueError: The layer is sharded otherwise than the engine.
         """
         engine_tp_size = ParallelContext.current().tp_size
         if self.tp_size == engine_tp_size:

@@ -51,18 +51,18 @@ Group = ParallelContext | ProcessGroup | None
 
 
 def process_group(group: Group) -> ProcessGroup | None:
-    """The group to communicate over; None where there is nothing to communicate."""
+    """Return the group to communicate over; None if there is nothing to communicate."""
     if isinstance(group, ParallelContext):
         return group.group("tp") if group.tp_size > 1 else None
     return None if group is None or group.size() == 1 else group
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Hand a tensor that all ranks hold to a computation that differs by rank.
+    """Pass a tensor that all ranks hold to a computation that differs by rank.
 
     Args:
-        x: any shape, equal on all ranks.
-        group: the ranks.
+        x: Any shape, equal on all ranks.
+        group: The ranks.
     """
     ranks = process_group(group)
     return x if ranks is None else _apply(functions.Copy, x, ranks)
@@ -72,8 +72,8 @@ def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Add up the ranks' partial results; every rank gets the sum.
 
     Args:
-        x: any shape, the same on all ranks.
-        group: the ranks.
+        x: Any shape, the same on all ranks.
+        group: The ranks.
     """
     ranks = process_group(group)
     if ranks is None:
@@ -90,11 +90,11 @@ def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.T
     holds.
 
     Args:
-        parts: this rank's, of one shape, equally many on each rank.
-        group: the ranks.
+        parts: This rank's parts: tensors of one shape, as many on each rank.
+        group: The ranks.
 
     Returns:
-        shape and dtype of a part.
+        Shape and dtype of a part.
     """
     ranks = process_group(group)
     if len(parts) == 1 and ranks is None:
@@ -103,12 +103,12 @@ def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.T
 
 
 def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """Hand the ranks' slices, put together, to a computation that differs by rank.
+    """Pass the ranks' concatenated slices to a computation that differs by rank.
 
     Args:
-        x: this rank's slice, of one shape on all ranks.
-        group: the ranks.
-        dim: what the slices lie along, in rank order.
+        x: This rank's slice, of one shape on all ranks.
+        group: The ranks.
+        dim: The dim to concatenate in, in rank order.
     """
     ranks = process_group(group)
     return x if ranks is None else _apply(functions.AllGather, x, ranks, dim)
@@ -118,12 +118,12 @@ def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.
     """Add up the ranks' partial results; every rank gets its slice of the sum.
 
     Args:
-        x: any shape, the same on all ranks.
-        group: the ranks.
-        dim: what the slices lie along.
+        x: Any shape, the same on all ranks.
+        group: The ranks.
+        dim: The dim that is cut into slices.
 
     Raises:
-        ValueError: the ranks do not divide the dim.
+        ValueError: The dim is not a multiple of the number of ranks.
     """
     ranks = process_group(group)
     if ranks is None:
@@ -137,15 +137,15 @@ def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.
 def reduce_scatter_parts_from_group(
     parts: Sequence[torch.Tensor], group: Group, dim: int
 ) -> torch.Tensor:
-    """This rank's slice of `sum_parts_from_group`, with the same bits.
+    """Return this rank's slice of `sum_parts_from_group`, bitwise identical.
 
     Args:
-        parts: this rank's, of one shape, equally many on each rank.
-        group: the ranks.
-        dim: what the slices lie along.
+        parts: This rank's parts: tensors of one shape, as many on each rank.
+        group: The ranks.
+        dim: The dim that is cut into slices.
 
     Raises:
-        ValueError: the ranks do not divide the dim.
+        ValueError: The dim is not a multiple of the number of ranks.
     """
     ranks = process_group(group)
     if ranks is None:
@@ -158,9 +158,9 @@ def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Ten
     """Concatenate the ranks' tensors along a dim, in rank order.
 
     Args:
-        x: of one shape on all ranks.
-        group: the ranks.
-        dim: what the tensors are put together along.
+        x: A tensor of the same shape on all ranks.
+        group: The ranks.
+        dim: The dim to concatenate in.
     """
     ranks = process_group(group)
     return x if ranks is None else _apply(functions.Gather, x, ranks, dim)
@@ -170,12 +170,12 @@ def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor
     """Keep this rank's slice of a dim.
 
     Args:
-        x: any shape, equal on all ranks.
-        group: the ranks.
-        dim: what the slices lie along.
+        x: Any shape, equal on all ranks.
+        group: The ranks.
+        dim: The dim that is cut into slices.
 
     Raises:
-        ValueError: the ranks do not divide the dim.
+        ValueError: The dim is not a multiple of the number of ranks.
     """
     ranks = process_group(group)
     if ranks is None:
@@ -190,19 +190,19 @@ def all_to_all_in_group(
     input_sizes: Sequence[int] | None = None,
     output_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Send rank i the i-th piece of the first dim; what arrives, in rank order.
+    """Send rank i the i-th piece of the first dim; return what arrives, in rank order.
 
     Args:
         x: shape = [sum(input_sizes), ...], the same on all ranks but for the first dim.
-        group: the ranks.
-        input_sizes: of the piece that goes to each rank; equal pieces if None.
-        output_sizes: of the piece that comes from each rank; given with input_sizes.
+        group: The ranks.
+        input_sizes: Size of the piece for each rank; equal pieces if None.
+        output_sizes: Size of the piece from each rank; given with input_sizes.
 
     Returns:
         shape = [sum(output_sizes), ...].
 
     Raises:
-        ValueError: sizes that do not fit x or the group, or only one list of them.
+        ValueError: Sizes do not match x or the group, or only one list is given.
     """
     ranks = process_group(group)
     if ranks is None:
@@ -231,11 +231,11 @@ def sum_gradient_over_replicas(
     """The parameter itself; its gradient is summed over the ranks that replicate it.
 
     Args:
-        param: a parameter whose rows from `start` on are equal on each
+        param: A parameter whose rows from `start` on are equal on each
             `replicas` consecutive ranks.
-        start: first replicated row.
-        replicas: how many consecutive ranks hold the same rows.
-        group: the ranks.
+        start: First replicated row.
+        replicas: How many consecutive ranks hold the same rows.
+        group: The ranks.
     """
     ranks = process_group(group)
     if replicas == 1 or ranks is None:

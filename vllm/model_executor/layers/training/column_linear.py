@@ -48,8 +48,8 @@ def column_parallel_linear(
             rank's slice of dim -2.
         weight: shape = [out_features of this rank, in_features], dtype of x.
         bias: shape = [out_features of this rank] or None, dtype of x.
-        context: names the tensor-parallel group.
-        sequence_parallel: see x.
+        context: Names the tensor-parallel group.
+        sequence_parallel: See x.
 
     Returns:
         shape = [..., out_features of this rank], dim -2 whole; dtype of x, or

@@ -128,15 +128,15 @@ class _VocabParallel(TrainingLayer):
 
 
 class VocabParallelEmbedding(_VocabParallel):
-    """Token embedding with the vocabulary cut over the ranks.
+    """Token embedding with the vocabulary sharded across ranks.
 
     Args:
-        num_embeddings: size of the vocabulary.
-        embedding_dim: size of an embedding.
-        params_dtype: dtype of the weight; torch's default dtype if None.
-        sequence_parallel: return this rank's slice of the tokens, the last dim of the
+        num_embeddings: Size of the vocabulary.
+        embedding_dim: Size of an embedding.
+        params_dtype: Dtype of the weight; torch's default dtype if None.
+        sequence_parallel: Return this rank's slice of the tokens, the last dim of the
             ids. In the engine all tokens are returned.
-        parallel_context: the context to shard by.
+        parallel_context: The context to shard by.
 
     Attributes:
         weight: shape = [num_embeddings_per_partition, embedding_dim]
@@ -168,16 +168,17 @@ class VocabParallelEmbedding(_VocabParallel):
         """Look up tokens.
 
         Args:
-            input_ids: integer token ids from 0 to num_embeddings - 1, any shape.
+            input_ids: Integer token ids from 0 to num_embeddings - 1, any shape.
 
         Returns:
             shape = [*input_ids.shape, embedding_dim]; with sequence_parallel this
             rank's slice of dim -2.
 
         Raises:
-            TypeError: ids that are not integers.
-            ValueError: sequence_parallel and tokens that the ranks do not divide.
-            IndexError: on CPU, an id outside the vocabulary.
+            TypeError: The ids are not integers.
+            ValueError: With sequence_parallel, the number of tokens is not a multiple
+                of tp_size.
+            IndexError: On CPU, an id is outside the vocabulary.
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (
             torch.int64,
@@ -228,17 +229,17 @@ class VocabParallelEmbedding(_VocabParallel):
 
 
 class ParallelLMHead(_VocabParallel):
-    """Projection from hidden states to logits, with the vocabulary cut over the ranks.
+    """Projection from hidden states to logits, with a vocabulary sharded across ranks.
 
     Args:
-        num_embeddings: size of the vocabulary.
-        embedding_dim: size of a hidden state.
-        bias: add a bias.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        sequence_parallel: the hidden states are this rank's slice of the tokens,
+        num_embeddings: Size of the vocabulary.
+        embedding_dim: Size of a hidden state.
+        bias: Add a bias.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        sequence_parallel: The hidden states are this rank's slice of the tokens,
             dim -2; logits and log-probabilities are of all tokens. In the engine the
             hidden states are too.
-        parallel_context: the context to shard by.
+        parallel_context: The context to shard by.
 
     Attributes:
         weight: shape = [num_embeddings_per_partition, embedding_dim]
@@ -289,13 +290,13 @@ class ParallelLMHead(_VocabParallel):
         `copy.deepcopy` and `load_state_dict(assign=True)` of a module that holds both.
 
         Args:
-            embedding: an embedding of the same sizes, dtype and context.
+            embedding: An embedding of the same sizes, dtype and context.
 
         Returns:
             The head itself.
 
         Raises:
-            ValueError: the weights do not have the same shape and dtype.
+            ValueError: The weights do not have the same shape and dtype.
         """
         given, own = embedding.weight, self.weight
         if given.shape != own.shape or given.dtype != own.dtype:

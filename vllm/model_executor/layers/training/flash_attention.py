@@ -20,42 +20,42 @@ from vllm.model_executor.parallel_context import ParallelContext
 class VLLMFlashAttention(TrainingLayer):
     """Self-attention with its own query/key/value and output projections.
 
-    `VLLMFlashAttention(hidden_size=256, num_heads=4)` is all that training needs. In
+    To train, `VLLMFlashAttention(hidden_size=256, num_heads=4)` is enough. In
     a checkpoint the projections are q_proj, k_proj, v_proj and o_proj. Query head h
     reads key/value head h // (num_heads // num_kv_heads); `TrainableAttention` says
     what to do with weights of another order.
 
     Args:
-        hidden_size: size of a hidden state.
-        num_heads: query heads, over all ranks.
+        hidden_size: Size of a hidden state.
+        num_heads: Query heads, over all ranks.
         num_kv_heads: key/value heads, over all ranks; num_heads if None.
-        head_dim: size of each head; hidden_size / num_heads if None.
-        bias: give the projections a bias.
-        rotary: rotary embedding of query and key; None for none.
-        causal: a token sees tokens up to its own position.
-        sliding_window: a token sees this many latest positions, its own among them.
-        logits_soft_cap: caps the scaled dot products s at ±C by C * tanh(s / C).
-        scale: factor on the dot products; 1/sqrt(head_dim) if None.
-        sinks: learn one more score for each head, whose value is zero.
-        alibi_slopes: of each head, over all ranks: a key at distance d is scored
-            slope * d less (ALiBi).
-        dropout: must be 0, as for `TrainableAttention`.
-        implementation: what computes attention, as for `TrainableAttention`.
+        head_dim: Size of each head; hidden_size / num_heads if None.
+        bias: Give the projections a bias.
+        rotary: Rotary embedding of query and key; None for none.
+        causal: A token sees tokens up to its own position.
+        sliding_window: A token sees this many latest positions, its own among them.
+        logits_soft_cap: Caps the scaled dot products s at ±C by C * tanh(s / C).
+        scale: Factor on the dot products; 1/sqrt(head_dim) if None.
+        sinks: Learn one more score for each head, whose value is zero.
+        alibi_slopes: Slope of each head, over all ranks. ALiBi subtracts slope * d from
+            the score of a key at distance d. The slopes are constants.
+        dropout: Must be 0, as for `TrainableAttention`.
+        implementation: What computes attention, as for `TrainableAttention`.
         deterministic: attention's gradients are equal bit for bit from run to run.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        sequence_parallel: hidden states and output are this rank's slice of the
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        sequence_parallel: Hidden states and output are this rank's slice of the
             tokens, positions of all tokens. In the engine all are of all tokens.
-        parallel_context: the context to shard by.
+        parallel_context: The context to shard by.
 
     Attributes:
         qkv_proj: QKVParallelLinear.
         o_proj: RowParallelLinear.
-        rotary_emb: the rotary embedding or None.
+        rotary_emb: The rotary embedding or None.
         attn: TrainableAttention over this rank's heads.
 
     Raises:
-        ValueError: sizes that do not divide, or a rotary embedding of another head
-            size.
+        ValueError: A size is not a multiple of another as it must be, or the rotary
+            embedding has another head size.
     """
 
     def __init__(
@@ -156,17 +156,17 @@ class VLLMFlashAttention(TrainingLayer):
         Args:
             hidden_states: shape = [num_tokens, hidden_size] or
                 [batch, seq, hidden_size].
-            positions: integers, shape = [num_tokens] or [batch, seq]; needed with a
+            positions: Integers, shape = [num_tokens] or [batch, seq]; needed with a
                 rotary embedding and not read without one.
-            cu_seqlens: where packed sequences begin and end, torch.int32,
+            cu_seqlens: Where packed sequences begin and end, torch.int32,
                 shape = [num_seqs + 1]; None: packed tokens are one sequence.
-            max_seqlen: length of the longest sequence, if known.
+            max_seqlen: Length of the longest sequence, if known.
 
         Returns:
             The shape and dtype of hidden_states.
 
         Raises:
-            ValueError: shapes that do not fit, or missing positions.
+            ValueError: Shapes do not match, or positions are missing.
         """
         if hidden_states.ndim not in (2, 3):
             raise ValueError(

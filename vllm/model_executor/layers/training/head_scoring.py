@@ -49,8 +49,8 @@ def scored_head(
     """The hidden states as the head takes them, and what computes with it.
 
     Raises:
-        TypeError: the head is no module, or an embedding.
-        ValueError: hidden states that do not fit; a weight that FSDP holds in shards.
+        TypeError: The head is no module, or an embedding.
+        ValueError: Hidden states that do not fit; a weight that FSDP holds in shards.
     """
     if not isinstance(lm_head, nn.Module) or isinstance(
         lm_head, nn.Embedding | VocabParallelEmbedding
@@ -107,10 +107,10 @@ class ReadHead:
     Attributes:
         weight: shape = [rows on this rank, hidden_size]
         bias: shape = [rows on this rank] or None
-        vocab_size: tokens over all ranks, without padding.
-        vocab_start: the first token of this rank.
-        context: names the tensor-parallel group.
-        sequence_parallel: each rank has its slice of the hidden states' tokens.
+        vocab_size: Tokens over all ranks, without padding.
+        vocab_start: The first token of this rank.
+        context: Names the tensor-parallel group.
+        sequence_parallel: Each rank has its slice of the hidden states' tokens.
     """
 
     weight: torch.Tensor
@@ -227,7 +227,7 @@ class CalledHead:
         """shape = [..., hidden_size] -> [..., vocab_size], of all tokens.
 
         Raises:
-            TypeError, ValueError: the head's result is something else.
+            TypeError, ValueError: The head's result is something else.
         """
         logits, name = self.module(hidden_states), type(self.module).__name__
         if not isinstance(logits, torch.Tensor) or isinstance(logits, DTensor):

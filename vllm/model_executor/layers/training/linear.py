@@ -40,25 +40,25 @@ if TYPE_CHECKING:
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """y = x W^T + b with the output features cut over the ranks.
+    """y = x W^T + b with the output features sharded across ranks.
 
     Args:
-        input_size: input features.
-        output_size: output features, over all ranks.
-        bias: add a bias.
-        gather_output: return all output features on every rank instead of its own.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        return_bias: return `(output, None)` as vLLM's linears do.
-        sequence_parallel: the input is this rank's slice of the tokens, dim -2; the
+        input_size: Input features.
+        output_size: Output features, over all ranks.
+        bias: Add a bias.
+        gather_output: Return all output features on every rank instead of its own.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        return_bias: Return `(output, None)` as vLLM's linears do.
+        sequence_parallel: The input is this rank's slice of the tokens, dim -2; the
             output has all tokens. In the engine the input has all tokens too.
-        parallel_context: the context to shard by.
+        parallel_context: The context to shard by.
 
     Attributes:
         weight: shape = [output_size_per_partition, input_size]
         bias: shape = [output_size_per_partition] or None
 
     Raises:
-        ValueError: the ranks do not divide output_size.
+        ValueError: output_size is not a multiple of tp_size.
     """
 
     def __init__(
@@ -137,32 +137,32 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """y = x W^T + b with the input features cut over the ranks and the results added.
+    """y = x W^T + b with the input features sharded across ranks, and a sum over ranks.
 
     Rank 0 adds the bias inside its GEMM, as vLLM does, so that both add in the same
     order; the bias has its full gradient on every rank.
 
     Args:
-        input_size: input features, over all ranks.
-        output_size: output features.
-        bias: add a bias.
-        input_is_parallel: the input is this rank's slice already, as a
+        input_size: Input features, over all ranks.
+        output_size: Output features.
+        bias: Add a bias.
+        input_is_parallel: The input is this rank's slice already, as a
             column-parallel layer returns it; else it is whole and is sliced here.
-        reduce_results: add up the ranks' partial results.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        return_bias: return `(output, None)` as vLLM's linears do.
-        sequence_parallel: return this rank's slice of the tokens, dim -2. In the
+        reduce_results: Add up the ranks' partial results.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        return_bias: Return `(output, None)` as vLLM's linears do.
+        sequence_parallel: Return this rank's slice of the tokens, dim -2. In the
             engine all tokens are returned.
-        parallel_context: the context to shard by.
+        parallel_context: The context to shard by.
 
     Attributes:
         weight: shape = [output_size, input_size_per_partition]
         bias: shape = [output_size] or None
 
     Raises:
-        ValueError: the ranks or tp_reduction_shards do not divide input_size; a bias,
-            several products a rank or sequence_parallel without a sum; or
-            sequence_parallel with an input that is not cut by features.
+        ValueError: input_size is not a multiple of tp_size or tp_reduction_shards; a
+            bias, several products for each rank, or sequence_parallel without
+            reduce_results; or sequence_parallel without input_is_parallel.
     """
 
     def __init__(

@@ -25,15 +25,15 @@ class ParallelLinear(TrainingLayer):
     """A linear layer that is cut over the ranks in one of its dims.
 
     Args:
-        input_size: input features, over all ranks.
-        output_size: output features, over all ranks.
-        bias: add a bias.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        return_bias: return `(output, None)` as vLLM's linears do; they are the
+        input_size: Input features, over all ranks.
+        output_size: Output features, over all ranks.
+        bias: Add a bias.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        return_bias: Return `(output, None)` as vLLM's linears do; they are the
             same two values because the bias is always added.
-        sequence_parallel: the ranks hold slices of the tokens, dim -2, where the
+        sequence_parallel: The ranks hold slices of the tokens, dim -2, where the
             features are whole. In the engine tokens are never cut.
-        parallel_context: the context to shard by; `ParallelContext.current()` where
+        parallel_context: The context to shard by; `ParallelContext.current()` where
             vLLM's groups exist, else a single process.
     """
 

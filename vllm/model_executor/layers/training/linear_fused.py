@@ -22,29 +22,30 @@ if TYPE_CHECKING:
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel linears of one input as one GEMM, e.g. gate and up.
+    """Several column-parallel linear layers of one input as one GEMM, e.g. gate and up.
 
-    Each rank's output holds its slice of every part side by side. There is no
-    gather_output: across ranks that order would not be the parts' order.
+    Each rank's output is the concatenation of its slices of all parts. There is no
+    gather_output, because the gathered slices would not be in the order of the parts.
 
     Args:
-        input_size: input features.
-        output_sizes: output features of each part, over all ranks.
-        bias: add a bias.
-        part_names: names of the checkpoint's separate tensors, one for each part
+        input_size: Input features.
+        output_sizes: Output features of each part, over all ranks.
+        bias: Add a bias.
+        part_names: Names of the checkpoint's separate tensors, one for each part
             ("gate_proj", "up_proj"); None where the checkpoint holds one fused
             tensor under this layer's own name.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        return_bias: return `(output, None)` as vLLM's linears do.
-        sequence_parallel: as for `ColumnParallelLinear`.
-        parallel_context: the context to shard by.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        return_bias: Return `(output, None)` as vLLM's linears do.
+        sequence_parallel: As for `ColumnParallelLinear`.
+        parallel_context: The context to shard by.
 
     Attributes:
         weight: shape = [sum(output_partition_sizes), input_size]
         bias: shape = [sum(output_partition_sizes)] or None
 
     Raises:
-        ValueError: the ranks do not divide a part, or the names do not fit the parts.
+        ValueError: A part is not a multiple of tp_size, or there is not one name for
+            each part.
     """
 
     def __init__(
@@ -101,36 +102,35 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """The query, key and value projections as one GEMM, cut over the ranks by heads.
+    """Query, key and value projections as one GEMM, with heads sharded across ranks.
 
-    Where there are fewer KV heads than ranks, consecutive ranks hold the same KV
-    head.
+    If there are fewer KV heads than ranks, consecutive ranks hold the same KV head.
 
     Args:
-        hidden_size: input features.
-        head_size: size of each head.
-        total_num_heads: query heads, over all ranks.
+        hidden_size: Input features.
+        head_size: Size of each head.
+        total_num_heads: Query heads, over all ranks.
         total_num_kv_heads: key/value heads, over all ranks; total_num_heads if None.
-        bias: add a bias.
-        part_names: names of the checkpoint's three tensors ("q_proj", "k_proj",
+        bias: Add a bias.
+        part_names: Names of the checkpoint's three tensors ("q_proj", "k_proj",
             "v_proj"); None where the checkpoint holds one fused tensor under this
             layer's own name.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        return_bias: return `(output, None)` as vLLM's linears do.
-        sequence_parallel: as for `ColumnParallelLinear`.
-        parallel_context: the context to shard by.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        return_bias: Return `(output, None)` as vLLM's linears do.
+        sequence_parallel: As for `ColumnParallelLinear`.
+        parallel_context: The context to shard by.
 
     Attributes:
-        num_heads: query heads on this rank.
+        num_heads: Query heads on this rank.
         num_kv_heads: key/value heads on this rank.
-        num_kv_head_replicas: ranks that hold the same KV head.
-        q_size: query features on this rank.
-        kv_size: key features on this rank, and value features.
+        num_kv_head_replicas: Ranks that hold the same KV head.
+        q_size: Query features on this rank.
+        kv_size: Key features on this rank, and value features.
         weight: shape = [q_size + 2 * kv_size, hidden_size]
         bias: shape = [q_size + 2 * kv_size] or None
 
     Raises:
-        ValueError: the heads cannot be cut over the ranks.
+        ValueError: The heads cannot be sharded across the ranks.
     """
 
     def __init__(

@@ -59,26 +59,26 @@ def token_logprobs(
         hidden_states: shape = [num_tokens, hidden_size] or [batch, seq, hidden_size],
             in the head's dtype; under autocast both are cast to its dtype. For a head
             with sequence_parallel each rank's slice of the tokens.
-        lm_head: the head, any module that turns hidden states into logits of the whole
+        lm_head: The head, any module that turns hidden states into logits of the whole
             vocabulary, on every rank. Of a `ParallelLMHead` or `torch.nn.Linear` that
             nothing changes the parameters are read. Any other (a subclass with its own
             forward, hooks, an adapter, a soft cap) is called, with blocks of tokens,
             shape = [rows, hidden_size], and again in the backward of a larger batch.
         targets: int64 or int32 token ids, the shape of hidden_states without the last
             dim; of all tokens on every rank.
-        temperature: divides the logits: a number, or a floating-point tensor that
+        temperature: Divides the logits: a number, or a floating-point tensor that
             broadcasts to targets; at least 1e-5. It gets no gradient. vLLM raises a
             request's temperature to 0.01 at least.
-        return_entropy: return also the entropy of each token's distribution, in nats.
+        return_entropy: Return also the entropy of each token's distribution, in nats.
 
     Returns:
         fp32 (fp64 for fp64 inputs), the shape of targets; with return_entropy a tuple
         of two such, logprobs and entropies. Both can be differentiated once.
 
     Raises:
-        TypeError: a head, targets or a temperature of another kind.
-        ValueError: shapes, dtypes, devices, token ids or a temperature that do not fit;
-            a head whose weight FSDP holds in shards. Token ids and a tensor's
+        TypeError: The head, the targets or the temperature have another type.
+        ValueError: Shapes, dtypes, devices, token ids or a temperature are invalid, or
+            FSDP holds the head's weight in shards. Token ids and a tensor's
             temperatures are checked on CPU. On CUDA, where reading them would wait for
             the device, a wrong id is an assertion of the device's, and temperatures are
             taken as they are.
@@ -97,7 +97,7 @@ def full_logprobs(
     *,
     temperature: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """Log-probabilities of the whole vocabulary, as a distillation loss needs them.
+    """Log-probabilities of the whole vocabulary, for example for distillation.
 
     The rows that `token_logprobs` takes its values from. They are held in fp32, so
     pass the hidden states of the tokens that are needed. Plain torch: can be
@@ -105,16 +105,16 @@ def full_logprobs(
     ranks once.
 
     Args:
-        hidden_states: as for `token_logprobs`.
-        lm_head: as for `token_logprobs`, but called once, with hidden_states as given.
-        temperature: as for `token_logprobs`.
+        hidden_states: As for `token_logprobs`.
+        lm_head: As for `token_logprobs`, but called once, with hidden_states as given.
+        temperature: As for `token_logprobs`.
 
     Returns:
         fp32 (fp64 for fp64 inputs), shape = [*hidden_states.shape[:-1], vocab_size], of
         all tokens on every rank.
 
     Raises:
-        TypeError, ValueError: as `token_logprobs`.
+        TypeError, ValueError: As `token_logprobs`.
     """
     hidden_states, head = scored_head(lm_head, hidden_states)
     tokens = _tokens(hidden_states, head.slices)

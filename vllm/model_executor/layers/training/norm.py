@@ -46,15 +46,15 @@ class RMSNorm(TrainingLayer):
 
     The mean and the quotient are computed in fp32, rounded to the weight's dtype and
     multiplied by the weight. The op's result for a token does not depend on the other
-    tokens. The engine runs it too in batch-invariant mode, else vLLM's ops.
+    tokens. In batch-invariant mode the engine runs it too, else vLLM's ops.
 
     Args:
-        hidden_size: size of the normalised last dim.
-        eps: added to the mean of the squares.
-        params_dtype: dtype of the weight; torch's default dtype if None.
-        sequence_parallel: the ranks' inputs differ, because each has its slice of the
+        hidden_size: Size of the normalised last dim.
+        eps: Added to the mean of the squares.
+        params_dtype: Dtype of the weight; torch's default dtype if None.
+        sequence_parallel: The ranks' inputs differ, because each has its slice of the
             tokens, or its own heads: the weight's gradient is summed over them.
-        parallel_context: names the ranks; each holds the whole weight.
+        parallel_context: Names the ranks; each holds the whole weight.
 
     Attributes:
         weight: shape = [hidden_size]
@@ -100,7 +100,7 @@ class RMSNorm(TrainingLayer):
 
         Args:
             x: shape = [..., hidden_size].
-            residual: shape of x; added to x before normalising.
+            residual: Shape of x; added to x before normalising.
 
         Returns:
             The normalised tensor in x's shape and dtype; with a residual also the
@@ -123,17 +123,17 @@ class LayerNorm(TrainingLayer):
     replace it.
 
     Args:
-        hidden_size: size of the normalised last dim.
-        eps: added to the variance.
-        elementwise_affine: whether there are a weight and a bias.
+        hidden_size: Size of the normalised last dim.
+        eps: Added to the variance.
+        elementwise_affine: Whether there are a weight and a bias.
         bias: False: a weight alone.
-        params_dtype: dtype of the parameters; torch's default dtype if None.
-        sequence_parallel: as for `RMSNorm`.
-        parallel_context: names the ranks; each holds whole parameters.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+        sequence_parallel: As for `RMSNorm`.
+        parallel_context: Names the ranks; each holds whole parameters.
 
     Attributes:
         weight: shape = [hidden_size], or None.
-        bias: likewise.
+        bias: Likewise.
     """
 
     weight: nn.Parameter | None
@@ -183,7 +183,7 @@ class LayerNorm(TrainingLayer):
             x: shape = [..., hidden_size].
 
         Returns:
-            shape and dtype of x.
+            Shape and dtype of x.
         """
         _check_hidden_size(self, x)
         weight = None if self.weight is None else _shared(self, self.weight)

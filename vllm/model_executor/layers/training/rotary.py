@@ -33,20 +33,20 @@ class RotaryEmbedding(TrainingLayer):
     layer and the same op.
 
     Args:
-        head_size: size of each head.
-        rotary_dim: the leading features of a head that are rotated. If None,
+        head_size: Size of each head.
+        rotary_dim: The leading features of a head that are rotated. If None,
             rope_scaling's partial_rotary_factor of the head, or all of it.
-        max_position_embeddings: number of positions; "linear" and "yarn" scaling have
+        max_position_embeddings: Number of positions; "linear" and "yarn" scaling have
             more.
-        base: base of the geometric progression of frequencies. If None, rope_scaling's
+        base: Base of the geometric progression of frequencies. If None, rope_scaling's
             rope_theta, or 10000.
-        is_neox_style: a pair is feature i and i + rotary_dim / 2; else 2 i and
+        is_neox_style: A pair is feature i and i + rotary_dim / 2; else 2 i and
             2 i + 1 (GPT-J).
-        rope_scaling: how positions are scaled, as Hugging Face's configs and vLLM's
+        rope_scaling: How positions are scaled, as Hugging Face's configs and vLLM's
             `get_rope` have it: `rope_parameters`, or `rope_scaling` of older ones. Its
             rope_type is default, linear, dynamic, yarn or llama3; `rotary_scaling`
             has the formulas and the other keys.
-        parallel_context: accepted for uniformity; the layer is the same on all
+        parallel_context: Accepted for uniformity; the layer is the same on all
             ranks.
 
     Attributes:
@@ -55,9 +55,9 @@ class RotaryEmbedding(TrainingLayer):
             and is on the CPU while the module is on the meta device.
 
     Raises:
-        ValueError: sizes that are not positive integers, rotary_dim is odd or exceeds
-            head_size, rope_scaling is unknown or incomplete, or says otherwise than
-            rotary_dim or base; numbers of which angles cannot be computed.
+        ValueError: Sizes are not positive integers, rotary_dim is odd or exceeds
+            head_size, rope_scaling is unknown or incomplete, or contradicts rotary_dim
+            or base, or angles cannot be computed from the numbers.
     """
 
     cos_sin_cache: torch.Tensor
@@ -130,16 +130,16 @@ class RotaryEmbedding(TrainingLayer):
             query: shape = [*positions.shape, num_heads, head_size] or
                 [*positions.shape, num_heads * head_size]. Slices of one tensor, such
                 as the projection to query, key and value, are not copied.
-            key: as query, with the key's number of heads, dtype of query.
+            key: As query, with the key's number of heads, dtype of query.
 
         Returns:
             The rotated query and key, in their own shapes.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit each other; weights
-                were put on another device than the cache, as by
-                `load_state_dict(assign=True)`: move the module there by `to`.
-            IndexError: on CPU, a position outside the cache.
+            ValueError: Shapes, dtypes or devices do not match. If weights were put on
+                another device than the cache, as by
+                `load_state_dict(assign=True)`, move the module there with `to`.
+            IndexError: On CPU, a position is outside the cache.
         """
         rotated = rotary_embedding(
             positions.flatten(),

@@ -43,16 +43,16 @@ def compute_cos_sin_cache(
     """Cosines and sines of each position's angles.
 
     Args:
-        rotary_dim: number of rotated features.
-        max_position_embeddings: number of positions, as the way to scale counts them.
-        base: base of the geometric progression of frequencies.
-        rope_scaling: what `check_rope_scaling` returned.
+        rotary_dim: Number of rotated features.
+        max_position_embeddings: Number of positions, as the way to scale counts them.
+        base: Base of the geometric progression of frequencies.
+        rope_scaling: What `check_rope_scaling` returned.
 
     Returns:
         fp32 on the CPU, shape = [num_positions, rotary_dim], cosines in the first half.
 
     Raises:
-        ValueError: numbers that do not go together.
+        ValueError: Numbers that do not go together.
     """
     parameters = dict(rope_scaling)
     scale = WAYS_TO_SCALE[parameters.pop("rope_type")]
@@ -75,7 +75,7 @@ def check_rope_scaling(rope_scaling: Mapping[str, Any] | None) -> dict[str, Any]
     """The way to scale and its parameters, without `COMMON_KEYS` and null values.
 
     Raises:
-        ValueError: an unknown way, or keys or values that it does not take.
+        ValueError: An unknown way, or keys or values that it does not take.
     """
     given = {key: v for key, v in (rope_scaling or {}).items() if v is not None}
     parameters = {key: v for key, v in given.items() if key not in COMMON_KEYS}

@@ -44,7 +44,7 @@ class AttentionShape:
     """Attention with these heads.
 
     Attributes:
-        implementation: its name in the table of implementations; None: the default.
+        implementation: Its name in the table of implementations; None: the default.
     """
 
     num_heads: int
@@ -86,15 +86,18 @@ class AttentionShape:
 
 
 def self_check(model: nn.Module, *, device: torch.device | str | None = None) -> None:
-    """Probe every GEMM and attention shape of a training model.
+    """Check that the kernels of a model are batch-invariant on this machine.
+
+    Each shape of GEMM and attention is run on random numbers.
 
     Args:
-        model: the training model; nothing of it is run or changed.
-        device: where to probe; None: where the model's parameters are.
+        model: The training model. It is neither run nor changed.
+        device: The device to check; that of the model's parameters if None.
 
     Raises:
-        BatchInvarianceError: names the first shape that depends on the batch.
-        ValueError: the mode has no attention kernel for a shape.
+        BatchInvarianceError: A result depends on the batch. The message names the
+            shape.
+        ValueError: Batch-invariant mode has no attention kernel for a shape.
     """
     if device is None:
         device = next(model.parameters()).device
@@ -108,11 +111,11 @@ def self_check_engine(model: nn.Module, vllm_config: VllmConfig) -> None:
     the log says so, and how a trainer of fewer tensor-parallel ranks is built.
 
     Args:
-        model: as the builder returned it, before its layers become the engine's.
-        vllm_config: the engine's config, which may name its attention backend.
+        model: As the builder returned it, before its layers become the engine's.
+        vllm_config: The engine's config, which may name its attention backend.
 
     Raises:
-        BatchInvarianceError: names the first shape that depends on the batch.
+        BatchInvarianceError: Names the first shape that depends on the batch.
     """
     _say_how_ranks_add_up(model)
     device = next(model.parameters()).device
@@ -160,12 +163,12 @@ def refuse_window(backend: str, capability: int, shape: AttentionShape) -> None:
     """Refuse FlashAttention 3 with a window, without a probe, which may not show it.
 
     Args:
-        backend: the engine's, as it was asked for; empty: vLLM's default.
-        capability: the GPU's major compute capability.
-        shape: of the attention.
+        backend: The engine's, as it was asked for; empty: vLLM's default.
+        capability: The GPU's major compute capability.
+        shape: Of the attention.
 
     Raises:
-        BatchInvarianceError: it is that.
+        BatchInvarianceError: It is that.
     """
     if backend in ("", "FLASH_ATTN") and capability == 9 and shape.spec.window:
         raise BatchInvarianceError(
@@ -181,7 +184,7 @@ def self_check_shapes(
     attentions: Iterable[AttentionShape],
     device: torch.device | str,
 ) -> None:
-    """Probe shapes, each once; see `self_check`."""
+    """Check each of these shapes once, as `self_check` does."""
     device = torch.device(device)
     # The caller's random numbers stay as they are.
     generator = torch.Generator(device).manual_seed(0)

@@ -24,10 +24,10 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 
 class SplitSequence(TrainingLayer):
-    """This rank's slice of the tokens; its backward gathers the ranks' gradients.
+    """Takes this rank's slice of the tokens. The backward gathers the ranks' gradients.
 
     Args:
-        parallel_context: the context to split by.
+        parallel_context: The context to split by.
     """
 
     def __init__(self, parallel_context: ParallelContext | None = None) -> None:
@@ -35,16 +35,16 @@ class SplitSequence(TrainingLayer):
         self.sequence_parallel = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Enter the region.
+        """Begin the region of sequence parallelism.
 
         Args:
             x: shape = [num_tokens, n] or [batch, seq, n], equal on all ranks.
 
         Returns:
-            shape of x, dim -2 divided by tp_size.
+            Shape of x, dim -2 divided by tp_size.
 
         Raises:
-            ValueError: the ranks do not divide the dim.
+            ValueError: The dim is not a multiple of the number of ranks.
         """
         if not self.sequence_parallel:
             return x
@@ -52,10 +52,10 @@ class SplitSequence(TrainingLayer):
 
 
 class GatherSequence(TrainingLayer):
-    """All tokens on every rank; its backward takes this rank's gradient.
+    """Gathers all tokens on every rank. The backward takes this rank's gradient.
 
     Args:
-        parallel_context: the context to gather by.
+        parallel_context: The context to gather by.
     """
 
     def __init__(self, parallel_context: ParallelContext | None = None) -> None:
@@ -63,13 +63,13 @@ class GatherSequence(TrainingLayer):
         self.sequence_parallel = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Leave the region.
+        """End the region of sequence parallelism.
 
         Args:
             x: shape = [num_tokens, n] or [batch, seq, n], this rank's slice of dim -2.
 
         Returns:
-            shape of x, dim -2 times tp_size.
+            Shape of x, dim -2 times tp_size.
         """
         if not self.sequence_parallel:
             return x

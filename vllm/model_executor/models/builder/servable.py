@@ -130,7 +130,7 @@ def check_servable(
 ) -> None:
     """Check that vLLM would serve a training-only module as it is trained.
 
-    The check that every engine makes when it starts, without an engine. It runs a few
+    Every engine runs this check at startup. Here it needs no engine. It runs a few
     forwards of a dozen tokens on the device of the module, in evaluation mode and
     without gradients. The module and the state of torch's random numbers stay as they
     are.
@@ -144,12 +144,12 @@ def check_servable(
         uses_positions: See `BuilderOptions.uses_positions`. False: no warning.
 
     Raises:
-        ValueError: The engine would give other results than the trainer: a token's row
-            depends on other tokens outside `TrainableAttention`, or on its place in the
-            batch; there is no attention layer; one is called more than once, or never;
-            the head gives logits of another vocabulary than the config's. Every reason
-            is named, with its module. That positions have no effect is logged as a
-            warning.
+        ValueError: The engine would not compute what the trainer computes: a token's
+            row depends on other tokens outside `TrainableAttention`, or on its place in
+            the batch; there is no attention layer; one is called more than once, or
+            never; the head's logits are not of the config's vocabulary. The message
+            names every reason and its module. If positions have no effect, a warning
+            is logged instead.
         TypeError: `forward` cannot be called as the engine calls it, or does not return
             the output of the head.
     """
@@ -350,8 +350,8 @@ _RANDOM = (
 )
 _MIXED = (
     "{owner} mixes tokens outside TrainableAttention: {place} depends, for each token, "
-    "on other tokens of the batch, which in the engine are those of other requests and "
-    "of this step alone. {advice}"
+    "on other tokens of the batch. In the engine these are tokens of other requests, "
+    "and only those of the same step. {advice}"
 )
 _MOVED = (
     "{owner} makes a token's row depend on its place in the batch: {place} does not "

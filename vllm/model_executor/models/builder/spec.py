@@ -34,14 +34,14 @@ class BuilderOptions:
             `hidden_size` to `vocab_size`. A module that has the methods
             `hidden_states(input_ids, positions)` and `logits(hidden_states)` needs
             none; with the first alone its `forward` is not called.
-        batched: Whether `forward` wants `[batch, seq]` (served as one row
+        batched: Whether `forward` takes `[batch, seq]` (served as one row
             `[1, num_tokens]`) rather than packed `[num_tokens]`. Default: packed
             if `forward` has a parameter `cu_seqlens`, else batched.
         supports_pp: Whether the builder builds single pipeline stages. `forward`
             then takes `hidden_states`, None on the first stage, and returns them on
             all but the last.
-        uses_positions: Whether the model knows where a token stands by `positions`.
-            False for one without a position encoding: nothing warns of that then.
+        uses_positions: Whether the model uses `positions`. False for a model without a
+            position encoding; the startup check then logs no warning.
     """
 
     head: str | None = None
@@ -116,8 +116,8 @@ def match_parameters(target: Callable[..., nn.Module]) -> dict[str, str]:
     parameters = [p for p in signature.parameters.values() if p.kind not in variadic]
     if not parameters and signature.parameters:
         raise TypeError(
-            f"The builder {name}{signature} names no parameter, so it cannot be told "
-            f"what it wants; {ACCEPTED}."
+            f"The builder {name}{signature} names no parameter, so vLLM does not know "
+            f"which arguments to pass; {ACCEPTED}."
         )
 
     required = [p for p in parameters if p.default is p.empty]
