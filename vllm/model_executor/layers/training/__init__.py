@@ -16,11 +16,9 @@ from vllm.model_executor.layers.training.embedding import (
 from vllm.model_executor.layers.training.flash_attention import VLLMFlashAttention
 from vllm.model_executor.layers.training.linear import (
     ColumnParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.training.linear_fused import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    RowParallelLinear,
 )
 from vllm.model_executor.layers.training.logprobs import (
     full_logprobs,

@@ -37,10 +37,12 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from vllm.model_executor.determinism.mode import is_batch_invariant
-from vllm.model_executor.layers.training import collective_functions as functions
+from vllm.model_executor.determinism.ordered_sum import ordered_sum
+from vllm.model_executor.layers.training import communication
 from vllm.model_executor.op_library import refuse_forward_mode
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -65,7 +67,7 @@ def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
         group: The ranks.
     """
     ranks = process_group(group)
-    return x if ranks is None else _apply(functions.Copy, x, ranks)
+    return x if ranks is None else _apply(Copy, x, ranks)
 
 
 def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -79,8 +81,8 @@ def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     if ranks is None:
         return x
     if is_batch_invariant():
-        return _apply(functions.SumParts, ranks, x)
-    return _apply(functions.Reduce, x, ranks)
+        return _apply(SumParts, ranks, x)
+    return _apply(Reduce, x, ranks)
 
 
 def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
@@ -99,7 +101,7 @@ def sum_parts_from_group(parts: Sequence[torch.Tensor], group: Group) -> torch.T
     ranks = process_group(group)
     if len(parts) == 1 and ranks is None:
         return parts[0]
-    return _apply(functions.SumParts, ranks, *parts)
+    return _apply(SumParts, ranks, *parts)
 
 
 def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -111,7 +113,7 @@ def all_gather_to_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor
         dim: The dim to concatenate in, in rank order.
     """
     ranks = process_group(group)
-    return x if ranks is None else _apply(functions.AllGather, x, ranks, dim)
+    return x if ranks is None else _apply(AllGather, x, ranks, dim)
 
 
 def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -130,8 +132,8 @@ def reduce_scatter_from_group(x: torch.Tensor, group: Group, dim: int) -> torch.
         return x
     _check_divisible(x, ranks, dim)
     if is_batch_invariant():
-        return _apply(functions.ScatterParts, ranks, dim, x)
-    return _apply(functions.ReduceScatter, x, ranks, dim)
+        return _apply(ScatterParts, ranks, dim, x)
+    return _apply(ReduceScatter, x, ranks, dim)
 
 
 def reduce_scatter_parts_from_group(
@@ -151,7 +153,7 @@ def reduce_scatter_parts_from_group(
     if ranks is None:
         return sum_parts_from_group(parts, None)
     _check_divisible(parts[0], ranks, dim)
-    return _apply(functions.ScatterParts, ranks, dim, *parts)
+    return _apply(ScatterParts, ranks, dim, *parts)
 
 
 def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
@@ -163,7 +165,7 @@ def gather_from_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Ten
         dim: The dim to concatenate in.
     """
     ranks = process_group(group)
-    return x if ranks is None else _apply(functions.Gather, x, ranks, dim)
+    return x if ranks is None else _apply(Gather, x, ranks, dim)
 
 
 def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor:
@@ -181,7 +183,7 @@ def split_to_group(x: torch.Tensor, group: Group, dim: int = -1) -> torch.Tensor
     if ranks is None:
         return x
     _check_divisible(x, ranks, dim)
-    return _apply(functions.Split, x, ranks, dim)
+    return _apply(Split, x, ranks, dim)
 
 
 def all_to_all_in_group(
@@ -222,7 +224,7 @@ def all_to_all_in_group(
             f"{ranks.size()} ranks each needs that many sizes, and input_sizes must "
             f"add up to {x.shape[0]}. Give both, or neither for equal pieces."
         )
-    return _apply(functions.AllToAll, x, ranks, tuple(output_sizes), tuple(input_sizes))
+    return _apply(AllToAll, x, ranks, tuple(output_sizes), tuple(input_sizes))
 
 
 def sum_gradient_over_replicas(
@@ -240,7 +242,7 @@ def sum_gradient_over_replicas(
     ranks = process_group(group)
     if replicas == 1 or ranks is None:
         return param
-    return _apply(functions.SumReplicas, param, start, replicas, ranks)
+    return _apply(SumReplicas, param, start, replicas, ranks)
 
 
 def _apply(function: type[Function], *args: Any) -> torch.Tensor:
@@ -256,3 +258,157 @@ def _check_divisible(x: torch.Tensor, ranks: ProcessGroup, dim: int) -> None:
             f"Dim {dim} of shape {tuple(x.shape)} is not divisible by the group's "
             f"{ranks.size()} ranks; pad it to a multiple of {ranks.size()}."
         )
+
+
+# The autograd functions, over groups of more than one rank. A second derivative is an
+# error.
+
+
+class Copy(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return communication.all_reduce(grad, ctx.group), None
+
+
+class Reduce(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        return communication.all_reduce(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class SumParts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: ProcessGroup | None, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.count = len(parts)
+        own = torch.stack(parts)
+        if group is None:
+            return ordered_sum(own)
+        return communication.ordered_all_reduce(own, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *[grad] * ctx.count
+
+
+class AllGather(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: ProcessGroup, dim: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return communication.all_gather(x, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return communication.reduce_scatter(grad, ctx.group, ctx.dim), None, None
+
+
+class ReduceScatter(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: ProcessGroup, dim: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return communication.reduce_scatter(x, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return communication.all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+class ScatterParts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: ProcessGroup, dim: int, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim, ctx.count = group, dim, len(parts)
+        return communication.ordered_reduce_scatter(torch.stack(parts), group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        whole = communication.all_gather(grad, ctx.group, ctx.dim)
+        return None, None, *[whole] * ctx.count
+
+
+class Gather(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: ProcessGroup, dim: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return communication.all_gather(x, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return communication.own_slice(grad, ctx.group, ctx.dim), None, None
+
+
+class Split(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: ProcessGroup, dim: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return communication.own_slice(x, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return communication.all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+class AllToAll(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        group: ProcessGroup,
+        output_sizes: tuple[int, ...],
+        input_sizes: tuple[int, ...],
+    ) -> torch.Tensor:
+        ctx.group, ctx.sizes = group, (input_sizes, output_sizes)
+        return communication.all_to_all(x, group, output_sizes, input_sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        back = communication.all_to_all(grad, ctx.group, *ctx.sizes)
+        return back, None, None, None
+
+
+class SumReplicas(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, param: torch.Tensor, start: int, replicas: int, group: ProcessGroup
+    ) -> torch.Tensor:
+        ctx.start, ctx.replicas, ctx.group = start, replicas, group
+        return param.view_as(param)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        shared = grad[ctx.start :]
+        pieces = communication.all_gather(shared[None], ctx.group, 0)
+        first = ctx.group.rank() // ctx.replicas * ctx.replicas
+        # In rank order on every rank, so the replicas stay equal bit for bit.
+        shared.copy_(pieces[first : first + ctx.replicas].sum(0))
+        return grad, None, None, None

@@ -11,8 +11,10 @@ import torch
 from vllm.model_executor.layers.training.arguments import check_sizes
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
-from vllm.model_executor.layers.training.linear import RowParallelLinear
-from vllm.model_executor.layers.training.linear_fused import QKVParallelLinear
+from vllm.model_executor.layers.training.linear import (
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.training.rotary import RotaryEmbedding
 from vllm.model_executor.parallel_context import ParallelContext
 

@@ -14,7 +14,7 @@ from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.arguments import check_epsilon, check_sizes
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.collectives import copy_to_group
-from vllm.model_executor.layers.training.engine_norm import EngineRMSNorm
+from vllm.model_executor.layers.training.engine_layers import EngineRMSNorm
 from vllm.model_executor.layers.training.ops.norm.layer_norm import layer_norm
 from vllm.model_executor.layers.training.ops.norm.op import (
     fused_add_rms_norm,

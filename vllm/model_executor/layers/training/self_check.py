@@ -22,8 +22,7 @@ from vllm.model_executor.determinism.probes import (
 )
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
-from vllm.model_executor.layers.training.linear import RowParallelLinear
-from vllm.model_executor.layers.training.linear_base import ParallelLinear
+from vllm.model_executor.layers.training.linear import ParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.training.ops.attention import table, vllm_flash
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec

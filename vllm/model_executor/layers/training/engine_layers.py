@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The engine's row-parallel linear of more products than ranks.
+"""What our layers become inside the engine where vLLM has no layer for it.
 
-vLLM's own adds up one product a rank. With `tp_reduction_shards` each rank's slice of
-the input features is cut again, so that an engine has the bits of a trainer, or of
-another engine, with another tensor-parallel size.
+- `EngineRMSNorm`: the RMS norm outside batch-invariant mode.
+- `ShardedRowParallelLinear`: a row-parallel linear of more products than ranks. vLLM's
+  own adds up one product a rank. With `tp_reduction_shards` each rank's slice of the
+  input features is cut again, so that an engine has the bits of a trainer, or of
+  another engine, with another tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -19,6 +21,33 @@ from vllm.model_executor.determinism.linear.cpu import PackedWeight
 from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.determinism.ordered_sum import ordered_sum
+
+
+class EngineRMSNorm(nn.Module):
+    """RMS norm by vLLM's ops, which its compiler passes know.
+
+    They fuse a norm with the all-reduce before it and with the quantisation after it.
+    vLLM's own `RMSNorm` may overwrite its inputs, which a model's definition may use
+    again; these ops are its functional forms.
+
+    Args:
+        weight: shape = [hidden_size].
+        eps: added to the mean of the squares.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.variance_epsilon = eps
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As the training layer's, but the sum is normalised before it is rounded."""
+        ops = vllm_internals.ir_ops
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.variance_epsilon)
+        return ops.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
 
 
 class _ShardedProducts(vllm_internals.UnquantizedLinearMethod):
