@@ -18,7 +18,7 @@ from vllm.model_executor.checkpoint.fingerprint import fingerprint
 from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.determinism import probes
 from vllm.model_executor.layers.training import self_check
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.models.builder import worker
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,

@@ -16,12 +16,7 @@ from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.linear import RowParallelLinear
-from vllm.model_executor.layers.training.ops.attention.table import (
-    IMPLEMENTATIONS,
-    Request,
-    default_for,
-    used_features,
-)
+from vllm.model_executor.layers.training.self_check import AttentionShape
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -304,11 +299,12 @@ def _reduction_shards(model: nn.Module, worker: dict[str, Any]) -> Iterator[str]
 def _attention(model: nn.Module, backends: list[str]) -> Iterator[str]:
     """Reasons from the kernels that the trainer's attention runs on."""
     wanted = {KERNELS[backend]: backend for backend in backends}
+    parameter = next(model.parameters())
     for path, layer in model.named_modules():
         if not isinstance(layer, TrainableAttention) or not wanted:
             continue
-        name = _implementation(model, layer)
-        kernel = IMPLEMENTATIONS[name][0] if name else "none"
+        shape = AttentionShape.of(layer, parameter.dtype)
+        kernel = shape.forward_on(parameter.device) or "none"
         if kernel not in wanted:
             (expected, backend), *_ = wanted.items()
             backends_here = {v: k for k, v in KERNELS.items()}
@@ -321,29 +317,6 @@ def _attention(model: nn.Module, backends: list[str]) -> Iterator[str]:
                 f"{backend} has the bits of {expected!r}: {advice}."
             )
             return
-
-
-def _implementation(model: nn.Module, layer: TrainableAttention) -> str | None:
-    """Name of what computes a layer's attention in the mode; None if nothing can."""
-    if layer.implementation is not None:
-        return layer.implementation
-    parameter = next(model.parameters())
-    request = Request.on(
-        parameter.device,
-        parameter.dtype,
-        layer.num_heads,
-        layer.head_size,
-        used_features(
-            causal=layer.spec.causal,
-            window=layer.spec.window,
-            soft_cap=layer.spec.soft_cap,
-            sinks=layer.sinks is not None,
-            alibi_slopes=layer.alibi_slopes is not None,
-        ),
-        layer.deterministic,
-        True,
-    )
-    return default_for(request)
 
 
 def _weights(model: nn.Module, workers: list[dict[str, Any]]) -> tuple[list[str], str]:

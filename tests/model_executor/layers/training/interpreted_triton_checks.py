@@ -46,6 +46,10 @@ from vllm.model_executor.layers.training.ops.attention import (
     triton_backward,
     triton_forward,
 )
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )
@@ -358,12 +362,12 @@ class Attention:
         self.grad = random(heads, tokens, head_size, dtype=dtype).transpose(0, 1)
         self.sinks = torch.randn(heads).to(dtype) if "sinks" in features else None
         self.slopes = torch.rand(heads) if "alibi" in features else None
-        self.options = {
-            "scale": 1.1 * head_size**-0.5,
-            "causal": features.get("causal", True),
-            "window": features.get("window", 0),
-            "soft_cap": features.get("soft_cap", 0.0),
-        }
+        self.spec = AttentionSpec(
+            1.1 * head_size**-0.5,
+            features.get("causal", True),
+            features.get("window"),
+            features.get("soft_cap"),
+        )
 
     def bounds(self):
         return torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
@@ -378,14 +382,14 @@ class Attention:
 
     def by_kernels(self, tiles=None, backward_tiles=None):
         """Output, lse, and the gradients of query, key and value."""
-        rest = (self.slopes, *self.options.values())
-        sequences = self.bounds(), max(self.lengths)
-        output, lse = triton_forward.attention_forward_triton(
-            *self.inputs, *sequences, self.sinks, *rest, _tiles=tiles
+        call = AttentionCall(
+            self.spec, self.bounds(), max(self.lengths), self.sinks, self.slopes
         )
-        saved = (self.grad, *self.inputs, output, lse)
+        output, lse = triton_forward.attention_forward_triton(
+            *self.inputs, call, _tiles=tiles
+        )
         grads = triton_backward.attention_backward_triton(
-            *saved, *sequences, *rest, _tiles=backward_tiles
+            self.grad, *self.inputs, output, lse, call, _tiles=backward_tiles
         )
         return output, lse, *grads
 
@@ -393,7 +397,10 @@ class Attention:
         def function(query, key, value):
             return attention_reference(
                 *(query, key, value, self.bounds(), self.sinks, self.slopes),
-                **self.options,
+                scale=self.spec.scale,
+                causal=self.spec.causal,
+                window=self.spec.sliding_window,
+                soft_cap=self.spec.logits_soft_cap,
             )
 
         leaves = [x.detach().to(dtype).requires_grad_() for x in self.inputs]

@@ -11,10 +11,10 @@ import torch
 
 from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training import TrainableAttention
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.parallel_context import ParallelContext
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -14,11 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import deterministic as determinism
 
 from vllm.model_executor.layers.training.ops.attention import cpu, op, table
+from vllm.model_executor.layers.training.ops.attention.call import (
+    FLAT_FIELDS,
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
@@ -145,8 +149,8 @@ def run_reference(inputs, seqlens, features, grad, dtype):
             alibi,
             scale=spec.scale,
             causal=spec.causal,
-            window=spec.window,
-            soft_cap=spec.soft_cap,
+            window=spec.sliding_window,
+            soft_cap=spec.logits_soft_cap,
         )[0]
 
     *leaves, alibi = inputs
@@ -266,21 +270,28 @@ def test_threads_do_not_change_a_bit(assert_equal):
 def test_opcheck(with_all):
     features = FEATURES["all" if with_all else "plain"]
     q, k, v, sinks, alibi = make_inputs([3, 0, 9], 16, torch.float32, features)
-    spec = spec_of(features, 16)
-    options = (spec.scale, True, spec.window, spec.soft_cap, "", False, False)
-    shared = (bounds([3, 0, 9]), 9)
-    torch.library.opcheck(
-        torch.ops.vllm_training.attention.default,
-        (q, k, v, *shared, sinks, alibi, *options),
-    )
+    call = AttentionCall(spec_of(features, 16), bounds([3, 0, 9]), 9, sinks, alibi)
+    fields = call.flat()
+    torch.library.opcheck(torch.ops.vllm_training.attention.default, (q, k, v, *fields))
     with torch.no_grad():
-        output, lse = torch.ops.vllm_training.attention(
-            q, k, v, *shared, sinks, alibi, *options
-        )
+        output, lse = torch.ops.vllm_training.attention(q, k, v, *fields)
         torch.library.opcheck(
             torch.ops.vllm_training.attention_backward.default,
-            (output, q, k, v, output, lse, *shared, sinks, alibi, *options),
+            (output, q, k, v, output, lse, *fields),
         )
+
+
+def test_a_call_is_restored_from_its_fields():
+    spec = AttentionSpec(0.5, False, 7, 2.0)
+    call = AttentionCall(spec, bounds([3]), 3, None, None, "reference", True, True)
+    assert AttentionCall.of_flat(*call.flat()) == call
+    assert dict(zip(FLAT_FIELDS, call.flat()))["max_seqlen"] == 3
+    for defined in (
+        torch.ops.vllm_training.attention,
+        torch.ops.vllm_training.attention_backward,
+    ):
+        names = [argument.name for argument in defined.default._schema.arguments]
+        assert tuple(names[-len(FLAT_FIELDS) :]) == FLAT_FIELDS
 
 
 @pytest.fixture

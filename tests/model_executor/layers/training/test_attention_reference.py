@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.training.ops.attention import reference
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.op import attention
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
     visible_keys,
 )
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 
 BOUNDS = torch.tensor([0, 2, 2, 3, 7], dtype=torch.int32)
 FEATURES = [
@@ -61,11 +64,15 @@ def test_the_backward_is_the_derivative(features, alibi, with_sinks):
         q, k, v, BOUNDS, sinks, alibi, scale=0.6, **features
     )
     expected = torch.autograd.grad(output, (q, k, v), grad)
-    options = {"scale": 0.6, "causal": True, "window": 0, "soft_cap": 0.0} | features
+    spec = AttentionSpec(
+        0.6,
+        features.get("causal", True),
+        features.get("window"),
+        features.get("soft_cap"),
+    )
+    call = AttentionCall(spec, BOUNDS, 4, sinks, alibi)
     with torch.no_grad():
-        actual = reference.backward(
-            grad, q, k, v, output, lse, BOUNDS, 4, alibi, **options
-        )
+        actual = reference.backward(grad, q, k, v, output, lse, call)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -137,7 +144,7 @@ def test_alibi_lowers_scores_by_distance():
 
 
 def test_window_counts_the_querys_own_position():
-    def rows(causal=True, window=0):
+    def rows(causal=True, window=None):
         seen = visible_keys(4, causal, window, torch.device("cpu"))
         return ["".join("x" if key else "." for key in row) for row in seen.tolist()]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.training.ops.attention import table
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.op import attention
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 
 
 def test_a_name_that_cannot_says_why_and_which_can(device):

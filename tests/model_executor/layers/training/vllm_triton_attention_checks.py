@@ -38,6 +38,10 @@ from vllm.model_executor.layers.training.ops.attention import (
     triton_forward,
     vllm_triton,
 )
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.reference import (
     attention_reference,
 )
@@ -62,12 +66,8 @@ if not IS_CUDA:
 
 
 class Options(NamedTuple):
+    spec: AttentionSpec
     sinks: torch.Tensor | None
-    alibi_slopes: None
-    scale: float
-    causal: bool
-    window: int
-    soft_cap: float
 
 
 @pytest.fixture(autouse=True)
@@ -93,14 +93,12 @@ def options(request, qkv):
     features = FEATURES[request.param]
     _, heads, head_size = qkv[0].shape
     sinks = torch.linspace(-2, 2, heads, device=DEVICE)
-    return Options(
-        sinks.to(DTYPE).float() if "sinks" in features else None,
-        None,
+    spec = AttentionSpec(
         1.1 * head_size**-0.5,
-        True,
-        features.get("window", 0),
-        features.get("soft_cap", 0.0),
+        sliding_window=features.get("window"),
+        logits_soft_cap=features.get("soft_cap"),
     )
+    return Options(spec, sinks.to(DTYPE).float() if "sinks" in features else None)
 
 
 def bounds(lengths):
@@ -108,7 +106,8 @@ def bounds(lengths):
 
 
 def forward(qkv, lengths, options):
-    return vllm_triton.forward(*qkv, bounds(lengths), max(lengths), *options)
+    call = AttentionCall(options.spec, bounds(lengths), max(lengths), options.sinks)
+    return vllm_triton.forward(*qkv, call)
 
 
 def decode(query, key, value, options, page_size):
@@ -116,6 +115,7 @@ def decode(query, key, value, options, page_size):
 
     Its pages lie in a cache in disorder, with NaN in what is not filled.
     """
+    spec, window = options.spec, options.spec.sliding_window
     length, kv_heads, head_size = key.shape
     pages = -(-length // page_size)
     cache = key.new_full((pages + 3, kv_heads, page_size, 2 * head_size), torch.nan)
@@ -136,17 +136,15 @@ def decode(query, key, value, options, page_size):
         max_seqlen_q=1,
         seqused_k=torch.tensor([length], dtype=torch.int32, device=DEVICE),
         max_seqlen_k=length,
-        softmax_scale=options.scale,
+        softmax_scale=spec.scale,
         causal=True,
-        window_size=(options.window - 1, 0) if options.window else (-1, -1),
+        window_size=(window - 1, 0) if window else (-1, -1),
         block_table=table,
-        softcap=options.soft_cap,
+        softcap=spec.logits_soft_cap or 0.0,
         q_descale=None,
         k_descale=torch.ones(1, kv_heads, device=DEVICE),
         v_descale=torch.ones(1, kv_heads, device=DEVICE),
-        sinks=vllm_triton.sinks_for(
-            options.window, options.sinks, query.shape[1], DEVICE
-        ),
+        sinks=vllm_triton.sinks_for(window, options.sinks, query.shape[1], DEVICE),
     )
     return output[0]
 
@@ -157,11 +155,9 @@ def test_output_and_lse_are_accurate(qkv, options, assert_as_accurate):
             *(t.to(dtype) for t in qkv),
             bounds(RAGGED),
             options.sinks,
-            None,
-            scale=options.scale,
-            causal=True,
-            window=options.window,
-            soft_cap=options.soft_cap,
+            scale=options.spec.scale,
+            window=options.spec.sliding_window,
+            soft_cap=options.spec.logits_soft_cap,
         )
 
     output, lse = forward(qkv, RAGGED, options)

@@ -26,8 +26,8 @@ from vllm.model_executor.layers.training.attention_layout import (
 from vllm.model_executor.layers.training.base import TrainingLayer, resolve_dtype
 from vllm.model_executor.layers.training.computed_buffer import buffer_for, home_of
 from vllm.model_executor.layers.training.ops.attention import vllm_triton
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.op import attention
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.table import check_name
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -346,7 +346,8 @@ class TrainableAttention(TrainingLayer):
         if self.sinks is not None or engine.attn_backend.get_name() != "TRITON_ATTN":
             return
         device = torch.get_default_device()
-        sinks = vllm_triton.sinks_for(self.spec.window, None, self.num_heads, device)
+        window = self.spec.sliding_window
+        sinks = vllm_triton.sinks_for(window, None, self.num_heads, device)
         # A buffer, which outlasts an engine's sleep.
         self.register_buffer("sinks_of_the_mode", sinks, persistent=False)
         setattr(engine.impl, "sinks", sinks)  # noqa: B010

@@ -24,8 +24,8 @@ from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
 from vllm.model_executor.layers.training.linear import ParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.training.ops.attention import table, vllm_flash
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.op import attention
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,6 +44,7 @@ class AttentionShape:
 
     Attributes:
         implementation: Its name in the table of implementations; None: the default.
+        deterministic: Gradients are equal bit for bit from run to run.
     """
 
     num_heads: int
@@ -54,24 +55,36 @@ class AttentionShape:
     sinks: bool = False
     alibi: bool = False
     implementation: str | None = None
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, layer: TrainableAttention, dtype: torch.dtype) -> AttentionShape:
+        """That of a layer whose query, key and value have a dtype."""
+        return cls(
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            dtype,
+            layer.spec,
+            layer.sinks is not None,
+            layer.alibi_slopes is not None,
+            layer.implementation,
+            layer.deterministic,
+        )
 
     def forward_on(self, device: torch.device) -> str | None:
         """Name of the kernel that computes it in the mode; None if none can."""
         name = self.implementation or table.default_for(
-            table.Request.on(
+            table.Request.of(
                 device,
                 self.dtype,
                 self.num_heads,
                 self.head_size,
-                table.used_features(
-                    causal=self.spec.causal,
-                    window=self.spec.window,
-                    soft_cap=self.spec.soft_cap,
-                    sinks=self.sinks,
-                    alibi_slopes=self.alibi,
-                ),
-                False,  # deterministic
-                True,  # batch_invariant
+                self.spec,
+                sinks=self.sinks,
+                alibi_slopes=self.alibi,
+                deterministic=self.deterministic,
+                batch_invariant=True,
             )
         )
         return name and table.IMPLEMENTATIONS[name][0]
@@ -169,7 +182,7 @@ def refuse_window(backend: str, capability: int, shape: AttentionShape) -> None:
     Raises:
         BatchInvarianceError: It is that.
     """
-    if backend in ("", "FLASH_ATTN") and capability == 9 and shape.spec.window:
+    if backend in ("", "FLASH_ATTN") and capability == 9 and shape.spec.sliding_window:
         raise BatchInvarianceError(
             f"FlashAttention 3 depends on the batch for {shape}: where the keys of a "
             "query begin to be added up depends on where its request was cut. Start "
@@ -210,16 +223,7 @@ def attention_shapes(model: nn.Module) -> Iterator[AttentionShape]:
     dtype = next(model.parameters()).dtype
     for layer in model.modules():
         if isinstance(layer, TrainableAttention):
-            yield AttentionShape(
-                layer.num_heads,
-                layer.num_kv_heads,
-                layer.head_size,
-                dtype,
-                layer.spec,
-                layer.sinks is not None,
-                layer.alibi_slopes is not None,
-                layer.implementation,
-            )
+            yield AttentionShape.of(layer, dtype)
 
 
 def _probe_attention(
@@ -247,6 +251,7 @@ def _probe_attention(
             sinks=of_heads if shape.sinks else None,
             alibi_slopes=of_heads if shape.alibi else None,
             implementation=shape.implementation,
+            deterministic=shape.deterministic,
         )
         return output.split(list(lengths))
 
@@ -287,8 +292,6 @@ def _decode(
         value_pages,
         lengths,
         pages.repeat(len(TOKENS), 1),
-        spec.scale,
-        spec.window,
-        spec.soft_cap,
+        spec,
         sinks,
     )

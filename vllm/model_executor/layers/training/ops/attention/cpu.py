@@ -10,37 +10,27 @@ from types import SimpleNamespace
 import torch
 
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.determinism.query_lengths import cut_requests
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
 
 PAGE_SIZE = 128
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Our C++ kernel."""
     return torch.ops.vllm_training.cpu_attention_forward(
         query,
         key,
         value,
-        cu_seqlens,
-        sinks,
-        alibi_slopes,
-        scale,
-        causal,
-        window,
-        soft_cap,
+        call.cu_seqlens,
+        call.sinks,
+        call.alibi_slopes,
+        *_numbers(call.spec),
     )
 
 
@@ -51,13 +41,7 @@ def backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    call: AttentionCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Our C++ kernel. It needs no sinks: they are in lse."""
     return torch.ops.vllm_training.cpu_attention_backward(
@@ -67,28 +51,25 @@ def backward(
         value,
         output,
         lse,
-        cu_seqlens,
+        call.cu_seqlens,
         None,
-        alibi_slopes,
-        scale,
-        causal,
-        window,
-        soft_cap,
+        call.alibi_slopes,
+        *_numbers(call.spec),
+    )
+
+
+def _numbers(spec: AttentionSpec) -> tuple[float, bool, int, float]:
+    """The spec as our kernels take it, to which 0 is no window and no cap."""
+    return (
+        spec.scale,
+        spec.causal,
+        spec.sliding_window or 0,
+        spec.logits_soft_cap or 0.0,
     )
 
 
 def forward_vllm(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The engine's kernel, on a KV cache filled from the packed keys and values.
 
@@ -96,13 +77,14 @@ def forward_vllm(
     batch-invariant mode cut into pieces as the engine cuts it. The engine's kernel does
     not return lse, which our own computes.
     """
-    vllm = _engines_attention()
+    vllm, spec = _engines_attention(), call.spec
     num_heads, head_size = query.shape[1:]
     num_kv_heads = key.shape[1]
     isa = vllm.isa(query.dtype, PAGE_SIZE, head_size)
+    window = spec.sliding_window or -1
 
     # The engine has no empty requests.
-    bounds = cu_seqlens.unique_consecutive()
+    bounds = call.cu_seqlens.unique_consecutive()
     lengths = bounds.diff()
     first_page, slots, num_pages = _pages(bounds, lengths)
     longest = -(-int(lengths.max()) // PAGE_SIZE)
@@ -112,9 +94,9 @@ def forward_vllm(
     key_cache, value_cache = cache.chunk(2, dim=2)
     vllm.ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
     split_kv = vllm.split_kv()
-    if is_batch_invariant():
+    if call.batch_invariant:
         pieces = cut_requests(
-            bounds, lengths, block_table, causal, num_heads, num_kv_heads
+            bounds, lengths, block_table, spec.causal, num_heads, num_kv_heads
         )
         _, bounds, lengths, block_table, _ = pieces
         split_kv = False
@@ -126,8 +108,8 @@ def forward_vllm(
         seq_lens=lengths,
         dtype=query.dtype,
         query_start_loc=bounds,
-        causal=causal,
-        sliding_window_size=window or -1,
+        causal=spec.causal,
+        sliding_window_size=window,
         isa=isa,
         enable_kv_split=split_kv,
     )
@@ -139,17 +121,22 @@ def forward_vllm(
         output=output,
         query_start_loc=bounds,
         seq_lens=lengths,
-        scale=scale,
-        causal=causal,
-        alibi_slopes=alibi_slopes,
-        sliding_window=window or -1,
+        scale=spec.scale,
+        causal=spec.causal,
+        alibi_slopes=call.alibi_slopes,
+        sliding_window=window,
         block_table=block_table,
-        softcap=soft_cap,
+        softcap=spec.logits_soft_cap or 0.0,
         scheduler_metadata=metadata,
-        s_aux=sinks,
+        s_aux=call.sinks,
     )
     lse = torch.ops.vllm_training.cpu_attention_lse(
-        query, key, cu_seqlens, sinks, alibi_slopes, scale, causal, window, soft_cap
+        query,
+        key,
+        call.cu_seqlens,
+        call.sinks,
+        call.alibi_slopes,
+        *_numbers(spec),
     )
     return output, lse
 

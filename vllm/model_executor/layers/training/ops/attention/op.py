@@ -5,23 +5,26 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from vllm.model_executor.determinism import mode
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.attention_layout import (
     check_max_seqlen,
     check_sequences,
 )
-from vllm.model_executor.layers.training.ops.attention.spec import AttentionSpec
+from vllm.model_executor.layers.training.ops.attention.call import (
+    FLAT_FIELDS,
+    FLAT_SCHEMA,
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.table import (
     Kernel,
     Request,
     check_name,
     choose,
-    used_features,
 )
 from vllm.model_executor.op_library import (
     SUPPORTED_DTYPES,
@@ -35,6 +38,9 @@ _IN_PLAIN_TORCH = (
     "use attention_reference of vllm.model_executor.layers.training.ops.attention."
     "reference, which is plain torch"
 )
+
+# Of a call, of which the sinks alone may have one.
+_NO_GRADIENTS = AttentionCall.of_flat(*[None] * len(FLAT_FIELDS))
 
 # Called for each forward and backward.
 _cached_choice = functools.cache(choose)
@@ -93,27 +99,17 @@ def attention(
     )
     if sinks is not None and query.dtype != torch.float64:
         sinks = sinks.to(query.dtype).float()
-    # Kernels take these to be contiguous.
-    cu_seqlens = cu_seqlens.contiguous()
-    sinks, alibi_slopes = (
-        None if each is None else each.contiguous() for each in (sinks, alibi_slopes)
-    )
-    output, _ = _attention(
-        query,
-        key,
-        value,
-        cu_seqlens,
+    call = AttentionCall(
+        spec,
+        cu_seqlens.contiguous(),
         query.shape[0] if max_seqlen is None else max_seqlen,
-        sinks,
-        alibi_slopes,
-        spec.scale,
-        spec.causal,
-        spec.window,
-        spec.soft_cap,
+        None if sinks is None else sinks.contiguous(),
+        None if alibi_slopes is None else alibi_slopes.contiguous(),
         implementation or "",
         deterministic or torch.are_deterministic_algorithms_enabled(),
-        mode.is_batch_invariant() and query.dtype != torch.float64,
+        is_batch_invariant() and query.dtype != torch.float64,
     )
+    output, _ = _attention(query, key, value, *call.flat())
     return output
 
 
@@ -193,69 +189,31 @@ def _check(
         raise ValueError(f"alibi_slopes is {alibi_slopes.dtype}; use torch.float32.")
 
 
-def _choose(
-    query: torch.Tensor,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    features: tuple[float, bool, int, float],
-    implementation: str,
-    deterministic: bool,
-    batch_invariant: bool,
-) -> tuple[Kernel, Kernel]:
-    _, causal, window, soft_cap = features
-    request = Request.on(
+def _choose(query: torch.Tensor, call: AttentionCall) -> tuple[Kernel, Kernel]:
+    request = Request.of(
         query.device,
         query.dtype,
         query.shape[1],
         query.shape[2],
-        used_features(
-            causal=causal,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks is not None,
-            alibi_slopes=alibi_slopes is not None,
-        ),
-        deterministic,
-        batch_invariant,
+        call.spec,
+        sinks=call.sinks is not None,
+        alibi_slopes=call.alibi_slopes is not None,
+        deterministic=call.deterministic,
+        batch_invariant=call.batch_invariant,
     )
-    return _cached_choice(request, implementation)
+    return _cached_choice(request, call.implementation)
 
 
 def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
-    implementation: str,
-    deterministic: bool,
-    batch_invariant: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *fields: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    call = AttentionCall.of_flat(*fields)
     if not query.is_cuda:
-        check_sequences(cu_seqlens, query.shape[0], max_seqlen)
-    features = scale, causal, window, soft_cap
-    kernel, _ = _choose(
-        query,
-        sinks,
-        alibi_slopes,
-        features,
-        implementation,
-        deterministic,
-        batch_invariant,
-    )
+        check_sequences(call.cu_seqlens, query.shape[0], call.max_seqlen)
+    kernel, _ = _choose(query, call)
     if not query.numel():
         return _fake(query)
-    # A checkpoint's second forward may run where the mode is off.
-    with mode.batch_invariant() if batch_invariant else nullcontext():
-        return kernel.function(
-            query, key, value, cu_seqlens, max_seqlen, sinks, alibi_slopes, *features
-        )
+    return kernel.function(query, key, value, call)
 
 
 def _backward(
@@ -265,44 +223,13 @@ def _backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
-    implementation: str,
-    deterministic: bool,
-    batch_invariant: bool,
+    *fields: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    features = scale, causal, window, soft_cap
-    _, kernel = _choose(
-        query,
-        sinks,
-        alibi_slopes,
-        features,
-        implementation,
-        deterministic,
-        batch_invariant,
-    )
+    call = AttentionCall.of_flat(*fields)
+    _, kernel = _choose(query, call)
     if not query.numel():
         return _fake_backward(grad_output, query, key, value)
-    options = {"deterministic": deterministic} if kernel.deterministic is None else {}
-    return kernel.function(
-        grad_output,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        cu_seqlens,
-        max_seqlen,
-        alibi_slopes,
-        *features,
-        **options,
-    )
+    return kernel.function(grad_output, query, key, value, output, lse, call)
 
 
 def _fake(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,35 +255,28 @@ def _fake_backward(
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    query, key, value, cu_seqlens, ctx.max_seqlen, sinks, alibi_slopes = inputs[:7]
-    ctx.options = inputs[7:]
+    query, key, value, *fields = inputs
+    call = AttentionCall.of_flat(*fields)
     ctx.mark_non_differentiable(output[1])
     # No zeros for the gradient of lse.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens, sinks, alibi_slopes)
+    ctx.save_for_backward(query, key, value, *output, *call.tensors)
+    ctx.call = call.with_tensors(None, None, None)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * (7 + len(ctx.options))
-    *inputs, output, lse, cu_seqlens, sinks, alibi_slopes = ctx.saved_tensors
     grads: tuple[torch.Tensor | None, ...] = (None,) * 3
-    if any(ctx.needs_input_grad[:3]):
-        grads = _attention_backward(
-            grad.contiguous(),
-            *inputs,
-            output,
-            lse,
-            cu_seqlens,
-            ctx.max_seqlen,
-            sinks,
-            alibi_slopes,
-            *ctx.options,
-        )
     grad_sinks = None
-    if ctx.needs_input_grad[5]:
-        grad_sinks = _sinks_gradient(grad, output, lse, sinks)
-    return *grads, None, None, grad_sinks, *[None] * (1 + len(ctx.options))
+    if grad is not None:
+        query, key, value, output, lse, *tensors = ctx.saved_tensors
+        call = ctx.call.with_tensors(*tensors)
+        if any(ctx.needs_input_grad[:3]):
+            grads = _attention_backward(
+                grad.contiguous(), query, key, value, output, lse, *call.flat()
+            )
+        if AttentionCall.of_flat(*ctx.needs_input_grad[3:]).sinks:
+            grad_sinks = _sinks_gradient(grad, output, lse, call.sinks)
+    return *grads, *_NO_GRADIENTS._replace(sinks=grad_sinks).flat()
 
 
 def _sinks_gradient(
@@ -378,20 +298,15 @@ def _sinks_gradient(
 
 _attention_backward = define_op(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
-    "Tensor output, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, Tensor? sinks, "
-    "Tensor? alibi_slopes, float scale, bool causal, int window, float soft_cap, "
-    "str implementation, bool deterministic, bool batch_invariant) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"Tensor output, Tensor lse, {FLAT_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,
     backward=refuse_second_derivative_of("attention", _IN_PLAIN_TORCH),
 )
 _attention = define_op(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, "
-    "SymInt max_seqlen, Tensor? sinks, Tensor? alibi_slopes, float scale, bool causal, "
-    "int window, float soft_cap, str implementation, bool deterministic, "
-    "bool batch_invariant) -> (Tensor output, Tensor lse)",
+    f"attention(Tensor query, Tensor key, Tensor value, {FLAT_SCHEMA}) "
+    "-> (Tensor output, Tensor lse)",
     fake=_fake,
     cpu=_forward,
     cuda=_forward,

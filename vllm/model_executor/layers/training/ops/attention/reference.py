@@ -12,6 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
+
 
 def attention_reference(
     query: torch.Tensor,
@@ -23,8 +28,8 @@ def attention_reference(
     *,
     scale: float,
     causal: bool = True,
-    window: int = 0,
-    soft_cap: float = 0.0,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(mask(cap(scale * q k^T) - slope * |i - j|)) v within each sequence.
 
@@ -41,19 +46,20 @@ def attention_reference(
         alibi_slopes: shape = [num_heads]
         scale: factor on the dot products.
         causal: a query sees keys up to its own position.
-        window: a query sees keys less than this far away; 0: all.
-        soft_cap: C: a scaled dot product s becomes C * tanh(s / C); 0: it stays.
+        window: a query sees keys less than this far away; None: all.
+        soft_cap: C: a scaled dot product s becomes C * tanh(s / C); None: it stays.
 
     Returns:
         The output in the query's shape, and the logarithm of the sum of each softmax,
         sink included, shape = [num_heads, num_tokens]; both in the query's dtype, in
         which everything is computed.
     """
+    spec = AttentionSpec(scale, causal, window, soft_cap)
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     outputs, lses = [query[:0]], [query.new_empty(num_heads, 0)]
     for rows in _sequences(cu_seqlens):
         q, k, v = (_grouped(t[rows], num_kv_heads) for t in (query, key, value))
-        scores = _scores(q, k, alibi_slopes, scale, causal, window, soft_cap)
+        scores = _scores(q, k, spec, alibi_slopes)
         if sinks is not None:
             column = sinks.to(q.dtype).view(num_kv_heads, -1, 1, 1)
             scores = torch.cat((scores, column.expand(*scores.shape[:3], 1)), dim=-1)
@@ -64,38 +70,26 @@ def attention_reference(
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_reference` in fp32, or in fp64 if the inputs are.
-
-    Args:
-        max_seqlen: no sequence is longer. Not read here; other forwards launch by it.
 
     Returns:
         The output in the query's dtype, and lse in fp32 or fp64.
     """
+    spec = call.spec
     q, k, v = _widened(query, key, value)
     output, lse = attention_reference(
         q,
         k,
         v,
-        cu_seqlens,
-        sinks,
-        alibi_slopes,
-        scale=scale,
-        causal=causal,
-        window=window,
-        soft_cap=soft_cap,
+        call.cu_seqlens,
+        call.sinks,
+        call.alibi_slopes,
+        scale=spec.scale,
+        causal=spec.causal,
+        window=spec.sliding_window,
+        soft_cap=spec.logits_soft_cap,
     )
     return output.to(query.dtype), lse
 
@@ -107,13 +101,7 @@ def backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    call: AttentionCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, from the results of any forward.
 
@@ -122,18 +110,19 @@ def backward(
     the soft cap, 1 - tanh^2. A key's gradient sums over the query heads of its group.
     Sinks are in lse.
     """
-    dtype, num_kv_heads = query.dtype, key.shape[1]
+    dtype, num_kv_heads, spec = query.dtype, key.shape[1], call.spec
     inputs = _widened(query, key, value, output, grad_output)
     grads: list[list[torch.Tensor]] = [[t[:0]] for t in inputs[:3]]
-    for rows in _sequences(cu_seqlens):
+    for rows in _sequences(call.cu_seqlens):
         q, k, v, out, grad = (_grouped(t[rows], num_kv_heads) for t in inputs)
         row_lse = lse[:, rows].unflatten(0, (num_kv_heads, -1)).unsqueeze(-1)
-        scores = _scores(q, k, alibi_slopes, scale, causal, window, soft_cap)
+        scores = _scores(q, k, spec, call.alibi_slopes)
         weights = torch.exp(scores - row_lse)
         delta = (grad * out).sum(-1, keepdim=True)
-        grad_scores = weights * (grad @ v.mT - delta) * scale
-        if soft_cap:
-            grad_scores *= 1 - torch.tanh(q @ k.mT * (scale / soft_cap)).square()
+        grad_scores = weights * (grad @ v.mT - delta) * spec.scale
+        if spec.logits_soft_cap:
+            capped = q @ k.mT * (spec.scale / spec.logits_soft_cap)
+            grad_scores *= 1 - torch.tanh(capped).square()
         parts = (
             grad_scores @ k,
             (grad_scores.mT @ q).sum(1, keepdim=True),
@@ -146,7 +135,7 @@ def backward(
 
 
 def visible_keys(
-    length: int, causal: bool, window: int, device: torch.device
+    length: int, causal: bool, window: int | None, device: torch.device
 ) -> torch.Tensor:
     """Which keys each query of one sequence sees.
 
@@ -200,19 +189,16 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
+    spec: AttentionSpec,
     alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
 ) -> torch.Tensor:
     """shape = [num_kv_heads, group, length, length]; -inf where a key is hidden."""
-    scores = q @ k.mT * scale
+    scores, soft_cap = q @ k.mT * spec.scale, spec.logits_soft_cap
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     length = scores.shape[-1]
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(scores.dtype).view(*scores.shape[:2], 1, 1)
         scores = scores - slopes * _ahead(length, scores.device).abs()
-    hidden = ~visible_keys(length, causal, window, scores.device)
-    return scores.masked_fill(hidden, float("-inf"))
+    seen = visible_keys(length, spec.causal, spec.sliding_window, scores.device)
+    return scores.masked_fill(~seen, float("-inf"))

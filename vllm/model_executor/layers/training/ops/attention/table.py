@@ -25,6 +25,7 @@ from vllm.model_executor.layers.training.ops.attention import (
     vllm_flash,
     vllm_triton,
 )
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.model_executor.layers.training.ops.attention.triton_backward import (
     attention_backward_triton,
 )
@@ -75,10 +76,41 @@ class Request(NamedTuple):
     batch_invariant: bool = False
 
     @classmethod
-    def on(cls, device: torch.device, *fields: Any) -> Request:
-        """A request for a device; `fields` are those from dtype on."""
-        is_cuda = device.type == "cuda"
-        return cls(device.type, _capability(device) if is_cuda else (0, 0), *fields)
+    def of(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_heads: int,
+        head_size: int,
+        spec: AttentionSpec,
+        *,
+        sinks: bool,
+        alibi_slopes: bool,
+        deterministic: bool,
+        batch_invariant: bool,
+    ) -> Request:
+        """That of attention with a spec, and with sinks and slopes or without."""
+        features = []
+        if not spec.causal:
+            features.append("non_causal")
+        if spec.sliding_window:
+            features.append("sliding_window")
+        if spec.logits_soft_cap:
+            features.append("logits_soft_cap")
+        if sinks:
+            features.append("sinks")
+        if alibi_slopes:
+            features.append("alibi_slopes")
+        return cls(
+            device.type,
+            _capability(device) if device.type == "cuda" else (0, 0),
+            dtype,
+            num_heads,
+            head_size,
+            tuple(features),
+            deterministic,
+            batch_invariant,
+        )
 
     def __str__(self) -> str:
         device = self.device_type
@@ -98,15 +130,14 @@ class Kernel:
 
     Attributes:
         function: arguments and results as of `reference.forward` or
-            `reference.backward`.
+            `reference.backward`, of which the last is the call.
         device_type: where it runs; None: everywhere.
         capabilities: major compute capabilities that it runs on; None: all.
         dtypes: of query, key and value.
         features: those that it has.
         max_head_size: the largest head; None: any.
         head_size_multiple: what head sizes are multiples of.
-        deterministic: it gives the same bits in each run; None: if told so by its
-            argument of that name.
+        deterministic: it gives the same bits in each run; None: if the call says so.
         batch_invariant: of a forward: an engine's backend has its bits.
         limit: says why it cannot compute a request for a reason of its own.
     """
@@ -291,20 +322,6 @@ IMPLEMENTATIONS = {
     "vllm_cpu": ("vllm_cpu", "cpu"),
     "reference": ("reference", "reference"),
 }
-
-
-def used_features(
-    *, causal: bool, window: object, soft_cap: object, sinks: bool, alibi_slopes: bool
-) -> tuple[str, ...]:
-    """`Request.features` of attention with these; a window or cap counts if truthy."""
-    used = {
-        "non_causal": not causal,
-        "sliding_window": window,
-        "logits_soft_cap": soft_cap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
-    return tuple(name for name, is_used in used.items() if is_used)
 
 
 def default_for(request: Request) -> str | None:

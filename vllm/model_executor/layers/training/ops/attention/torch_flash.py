@@ -6,36 +6,26 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.training.ops.attention.spec import window_sides
+from vllm.model_executor.layers.training.ops.attention.call import AttentionCall
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward of torch's scaled_dot_product_attention, called by its name."""
-    left, right = window_sides(causal, window)
+    left, right = call.spec.window_sides
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        call.cu_seqlens,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.max_seqlen,
         0.0,
-        causal,
+        call.spec.causal,
         False,
-        scale=scale,
+        scale=call.spec.scale,
         window_size_left=left,
         window_size_right=right,
     )
@@ -49,16 +39,10 @@ def backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    call: AttentionCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its backward. Gradients of the query differ from run to run."""
-    left, right = window_sides(causal, window)
+    left, right = call.spec.window_sides
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
         grad_output,
@@ -67,15 +51,15 @@ def backward(
         value,
         output,
         lse,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        call.cu_seqlens,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.max_seqlen,
         0.0,
-        causal,
+        call.spec.causal,
         no_dropout,
         no_dropout,
-        scale=scale,
+        scale=call.spec.scale,
         window_size_left=left,
         window_size_right=right,
     )

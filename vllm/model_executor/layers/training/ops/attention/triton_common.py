@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vllm.model_executor.layers.training.ops.attention.call import AttentionSpec
 from vllm.triton_utils import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,6 +34,13 @@ class Tiles(NamedTuple):
 def count_blocks(num_tokens: int, num_sequences: int, block: int) -> int:
     """How many programs `block_of_sequence` needs for blocks of this size."""
     return num_tokens // block + num_sequences
+
+
+def numbers_of(spec: AttentionSpec) -> tuple[float, int | None, float | None]:
+    """Scale, window and soft cap as the kernels take them."""
+    # The sum of a position and the window must not overflow.
+    window = min(spec.sliding_window, 2**30) if spec.sliding_window else None
+    return spec.scale, window, spec.logits_soft_cap or None
 
 
 @triton.jit

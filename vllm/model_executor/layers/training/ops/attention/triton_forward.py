@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm.model_executor.layers.training.ops.attention.call import AttentionCall
 from vllm.model_executor.layers.training.ops.attention.triton_common import (
     LN2,
     LOG2E,
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.training.ops.attention.triton_common import (
     count_tiles,
     is_visible,
     load_rows,
+    numbers_of,
     scores_of,
     store_rows,
     tile_start,
@@ -33,14 +35,7 @@ def attention_forward_triton(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    call: AttentionCall,
     _tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention within each sequence.
@@ -49,17 +44,8 @@ def attention_forward_triton(
         query: shape = [num_tokens, num_heads, head_size]; any strides but the last.
         key: shape = [num_tokens, num_kv_heads, head_size], likewise.
         value: like key.
-        cu_seqlens: where each sequence starts, and num_tokens; int32,
-            shape = [num_sequences + 1]
-        max_seqlen: not read: the blocks of all sequences are counted in num_tokens.
-            Every implementation is called with it.
-        sinks: an additional score of each head, whose value is zero;
-            shape = [num_heads]
-        alibi_slopes: fp32, shape = [num_heads]
-        scale: factor on the dot products.
-        causal: a query sees keys up to its own position.
-        window: a query sees keys less than this far away; 0: all.
-        soft_cap: C: a scaled dot product s becomes C * tanh(s / C); 0: it stays.
+        call: its max_seqlen is not read: the blocks of all sequences are counted in
+            num_tokens.
 
     Returns:
         The output, in the query's shape and dtype, contiguous, and the logarithm of
@@ -68,7 +54,7 @@ def attention_forward_triton(
     num_tokens, num_heads, head_size = query.shape
     output = query.new_empty(query.shape)
     lse = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    num_sequences = cu_seqlens.numel() - 1
+    num_sequences = call.cu_seqlens.numel() - 1
     if not output.numel():
         return output, lse
     tiles = _tiles or _choose_tiles(head_size, query)
@@ -79,9 +65,9 @@ def attention_forward_triton(
         value,
         output,
         lse,
-        cu_seqlens,
-        sinks,
-        alibi_slopes,
+        call.cu_seqlens,
+        call.sinks,
+        call.alibi_slopes,
         *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
@@ -89,10 +75,8 @@ def attention_forward_triton(
         num_tokens,
         num_sequences,
         num_heads // key.shape[1],
-        scale,
-        min(window, 2**30) or None,
-        soft_cap or None,
-        CAUSAL=causal,
+        *numbers_of(call.spec),
+        CAUSAL=call.spec.causal,
         HEAD_SIZE=head_size,
         PADDED_HEAD_SIZE=max(16, triton.next_power_of_2(head_size)),
         QUERIES=tiles.queries,

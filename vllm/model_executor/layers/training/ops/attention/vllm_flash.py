@@ -7,10 +7,12 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import vllm_internals
-from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.determinism.query_lengths import invariant_query_len
+from vllm.model_executor.layers.training.ops.attention.call import (
+    AttentionCall,
+    AttentionSpec,
+)
 from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
-from vllm.model_executor.layers.training.ops.attention.spec import window_sides
 
 # Heads for which FlashAttention 3 visits other numbers of keys at a time if they are in
 # pages, as the engine's are; of other sizes it visits as many (vLLM 0.32.0, causal).
@@ -21,14 +23,7 @@ def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    call: AttentionCall,
     *,
     version: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,9 +33,10 @@ def forward(
     are those of the engine, whose keys are in pages of any size, but not with a window.
     It has no ALiBi.
     """
+    spec, cu_seqlens, max_seqlen = call.spec, call.cu_seqlens, call.max_seqlen
     keys = {"cu_seqlens_k": cu_seqlens}
     max_query_len = max_seqlen
-    if version == 3 and is_batch_invariant():
+    if version == 3 and call.batch_invariant:
         max_query_len = invariant_query_len(max_seqlen, query.shape[2])
         if query.shape[2] in PAGED_HEADS:
             key, value, keys = pages_of_one(key, value, cu_seqlens, max_seqlen)
@@ -52,22 +48,22 @@ def forward(
         cu_seqlens_q=cu_seqlens,
         max_seqlen_k=max_seqlen,
         **keys,
-        softmax_scale=scale,
-        causal=causal,
-        window_size=_window_size(causal, window),
-        softcap=soft_cap,
+        softmax_scale=spec.scale,
+        causal=spec.causal,
+        window_size=_window_size(spec),
+        softcap=spec.logits_soft_cap or 0.0,
         return_softmax_lse=True,
         fa_version=version,
         num_splits=1,
         # FA3 reads sinks in bf16 only; ours are rounded to the query's dtype.
-        s_aux=None if sinks is None else sinks.to(query.dtype),
+        s_aux=None if call.sinks is None else call.sinks.to(query.dtype),
     )
     return output, lse
 
 
-def _window_size(causal: bool, window: int) -> list[int]:
+def _window_size(spec: AttentionSpec) -> list[int]:
     """Keys before and after a query's own position, as vLLM takes them; -1: all."""
-    return [-1 if side is None else side for side in window_sides(causal, window)]
+    return [-1 if side is None else side for side in spec.window_sides]
 
 
 def decode_from_pages(
@@ -76,9 +72,7 @@ def decode_from_pages(
     value_pages: torch.Tensor,
     lengths: torch.Tensor,
     block_table: torch.Tensor,
-    scale: float,
-    window: int,
-    soft_cap: float,
+    spec: AttentionSpec,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query a request, as a batch-invariant engine calls FlashAttention 3.
@@ -91,9 +85,7 @@ def decode_from_pages(
         value_pages: likewise.
         lengths: tokens of each request, int32, shape = [num_requests].
         block_table: each request's pages, int32, shape = [num_requests, n].
-        scale: of the scores.
-        window: keys that a query sees, itself included; 0: all.
-        soft_cap: of the scores; 0: none.
+        spec: of a causal layer.
         sinks: shape = [num_heads] or None.
 
     Returns:
@@ -105,7 +97,7 @@ def decode_from_pages(
     max_query_len = invariant_query_len(1, head_size)
     cu_seqlens = torch.arange(num_requests + 1, dtype=torch.int32, device=query.device)
     max_seqlen = block_table.shape[1] * page_size
-    window_size = _window_size(True, window)
+    window_size = _window_size(spec)
     # The engine's is made once a step, for all layers.
     schedule = kernels.get_scheduler_metadata(
         batch_size=num_requests,
@@ -131,10 +123,10 @@ def decode_from_pages(
         max_seqlen_k=max_seqlen,
         seqused_k=lengths,
         block_table=block_table,
-        softmax_scale=scale,
+        softmax_scale=spec.scale,
         causal=True,
         window_size=window_size,
-        softcap=soft_cap,
+        softcap=spec.logits_soft_cap or 0.0,
         scheduler_metadata=schedule,
         fa_version=3,
         num_splits=1,
@@ -149,15 +141,7 @@ def backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
-    *,
-    deterministic: bool,
+    call: AttentionCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FlashAttention 4's backward, for what any version's forward has computed.
 
@@ -166,8 +150,9 @@ def backward(
     is known without reading cu_seqlens from the device: no sequence is longer than
     max_seqlen, and together they have num_seqs * max_seqlen tokens.
     """
-    num_seqs = cu_seqlens.shape[0] - 1
-    left, right = window_sides(causal, window)
+    spec, max_seqlen = call.spec, call.max_seqlen
+    num_seqs = call.cu_seqlens.shape[0] - 1
+    left, right = spec.window_sides
     tensors = query, key, value, output, grad_output
     lengths: dict[str, torch.Tensor | int] = {}
     if query.shape[0] == num_seqs * max_seqlen:
@@ -176,20 +161,20 @@ def backward(
         lse = lse.unflatten(1, batch_and_seq).transpose(0, 1).contiguous()
     else:
         lengths = {
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
+            "cu_seqlens_q": call.cu_seqlens,
+            "cu_seqlens_k": call.cu_seqlens,
             "max_seqlen_q": max_seqlen,
             "max_seqlen_k": max_seqlen,
         }
     grads = vllm_internals.flash_attention_backward()(
         *tensors,
         lse,
-        softmax_scale=scale,
-        causal=causal,
-        softcap=soft_cap,
+        softmax_scale=spec.scale,
+        causal=spec.causal,
+        softcap=spec.logits_soft_cap or 0.0,
         window_size_left=left,
         window_size_right=right,
-        deterministic=deterministic,
+        deterministic=call.deterministic,
         **lengths,
     )
     return tuple(

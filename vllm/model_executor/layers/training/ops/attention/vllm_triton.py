@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor import vllm_internals
+from vllm.model_executor.layers.training.ops.attention.call import AttentionCall
 from vllm.model_executor.layers.training.ops.attention.pages import pages_of_one
 from vllm.model_executor.layers.training.ops.attention.triton_forward import (
     attention_forward_triton,
@@ -17,17 +18,7 @@ _NO_SINK = -1e30
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The engine's kernel, to which the packed keys are a cache with pages of one.
 
@@ -36,44 +27,38 @@ def forward(
     program visits all keys of a query, in the same tiles in any step. It does not
     return lse, which our own forward computes.
     """
+    spec, window = call.spec, call.spec.sliding_window
     output = query.new_empty(query.shape)
-    key_pages, value_pages, requests = pages_of_one(key, value, cu_seqlens, max_seqlen)
+    key_pages, value_pages, requests = pages_of_one(
+        key, value, call.cu_seqlens, call.max_seqlen
+    )
     vllm_internals.triton_attention()(
         q=query,
         k=key_pages,
         v=value_pages,
         out=output,
-        cu_seqlens_q=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        cu_seqlens_q=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
         **requests,
-        softmax_scale=scale,
-        causal=causal,
+        softmax_scale=spec.scale,
+        causal=spec.causal,
         window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=soft_cap,
+        softcap=spec.logits_soft_cap or 0.0,
         q_descale=None,
         k_descale=None,
         v_descale=None,
-        sinks=sinks_for(window, sinks, query.shape[1], query.device),
+        sinks=sinks_for(window, call.sinks, query.shape[1], query.device),
     )
-    _, lse = attention_forward_triton(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        max_seqlen,
-        sinks,
-        alibi_slopes,
-        scale,
-        causal,
-        window,
-        soft_cap,
-    )
+    _, lse = attention_forward_triton(query, key, value, call)
     return output, lse
 
 
 def sinks_for(
-    window: int, sinks: torch.Tensor | None, num_heads: int, device: torch.device
+    window: int | None,
+    sinks: torch.Tensor | None,
+    num_heads: int,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """What to give the kernel as sinks, so that a row does not depend on its block.
 
@@ -82,7 +67,7 @@ def sinks_for(
     there: one that weighs nothing makes them all alike.
 
     Args:
-        window: keys that a query sees; 0: all.
+        window: keys that a query sees; None: all.
         sinks: those of the model, if it has any.
         num_heads: of the query.
         device: of the query.
