@@ -304,7 +304,9 @@ def _commit(repository: Path, message: str, *options: str) -> None:
 
 
 def _git(folder: Path, *arguments: str | Path) -> str:
-    command = ["git", "-c", "core.autocrlf=false", *map(str, arguments)]
+    # Git would pack the objects beside us, and remove them while we copy them.
+    settings = ("-c", "core.autocrlf=false", "-c", "gc.auto=0")
+    command = ["git", *settings, *map(str, arguments)]
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False
     )
