@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_NO_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-gpu test-upstream parity parity-gpu bench lint docs clean
+.PHONY: help setup demo test test-gpu test-upstream stack parity parity-gpu bench lint docs clean
 
 help:
 	@echo "make setup          .venv with the patched vLLM"
@@ -32,6 +32,7 @@ help:
 	@echo "make parity         trainer and engine bit for bit, in build/parity"
 	@echo "make parity-gpu     the same on a GPU, with a model of 1B parameters"
 	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
+	@echo "make stack          the commits for vLLM's own tree, in build/stack, tested"
 	@echo "make bench          the training layers against their peers, on an idle machine"
 	@echo "make lint           style, types and licence headers"
 	@echo "make docs           the documentation, in build/docs"
@@ -81,6 +82,10 @@ test-gpu: setup
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py
+
+# The commits for vLLM, for each release that patches/ knows, and their proofs.
+stack: setup $(VENV)/.upstream-requirements
+	$(PY) tools/check_stack.py
 
 parity: setup
 	$(PY) -m pytest -q tests/parity --parity-report build/parity
