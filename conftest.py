@@ -4,6 +4,8 @@
 
 import os
 
+from tests import forks
+
 # Engines run in the test's process unless a test asks for more.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 # A process that has asked torch for its GPUs cannot be forked.
@@ -15,3 +17,5 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+forks.install()

@@ -5,11 +5,11 @@
 import ast
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forks import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -45,8 +45,9 @@ def run_page(page: str, folder: Path) -> None:
     """As a user would run it, with engine processes, but without compilation."""
     name, code = script_of(page)
     (folder / name).write_text(code)
-    done = subprocess.run(
-        [sys.executable, name],
+    done = run_python(
+        [folder / name],
+        timeout=300,
         cwd=folder,
         env=os.environ
         | {
@@ -55,9 +56,6 @@ def run_page(page: str, folder: Path) -> None:
             "OMP_NUM_THREADS": "1",
             "TORCH_COMPILE_DISABLE": "1",
         },
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.returncode == 0, f"{page}:\n{output}"

@@ -5,7 +5,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -16,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.forks import Python
 from vllm.model_executor.models.generic_transformer import (
     GenericTransformerConfig,
     GenericTransformerForCausalLM,
@@ -68,18 +68,16 @@ def ask(url: str, body: dict | None = None, rank: int = 0) -> dict | None:
 def server(model, tmp_path):
     """The address of a running server."""
     port = free_port()
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)),
+    arguments = [
+        Path(sys.executable).with_name("vllm"),
+        *("serve", tmp_path, "--host", "127.0.0.1", "--port", port),
         *("--served-model-name", "generic", "--dtype", "float32"),
         *("--max-model-len", "64", "--enforce-eager", "--data-parallel-size", "2"),
         *("--model-class-overrides", json.dumps({model.__class__.__name__: BUILDER})),
     ]
     log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | {"NO_COLOR": "1"}
-        )
+    environment = os.environ | {"NO_COLOR": "1", "TORCH_COMPILE_DISABLE": "1"}
+    process = Python(arguments, log, log, environment)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(240):

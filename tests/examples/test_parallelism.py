@@ -37,6 +37,8 @@ def run(ranks, monkeypatch, tmp_path, capsys):
         example = importlib.import_module(name)
         shared = lambda: contextlib.nullcontext(ranks)  # noqa: E731
         monkeypatch.setattr(example, "TrainerRanks", shared)
+        # Of the engine's workers, which nothing but the sampler would compile for.
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
         example.main([*arguments, "--out", str(tmp_path)])
         return capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 """Engines that end with the test that started them."""
 
 import pytest
+import torch
 
 from tests.models.gpus import MEMORY, skip_without_gpus
 
@@ -21,10 +22,11 @@ def clean_registry(monkeypatch):
 
 
 @pytest.fixture
-def make_llm(clean_registry):
+def make_llm(clean_registry, monkeypatch):
     """`make_llm(directory, **options)` starts an engine that ends with the test.
 
-    It is eager unless told otherwise: compiling every engine takes too long.
+    It is eager unless told otherwise: compiling every engine takes too long. So does
+    what the sampler compiles in each worker of an eager engine.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -40,6 +42,9 @@ def make_llm(clean_registry):
             "skip_tokenizer_init": True,
             **MEMORY,
         } | options
+        eager = bool(options["enforce_eager"])
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", str(int(eager)))  # the workers'
+        torch._dynamo.config.disable = eager
         skip_without_gpus(
             options.get("tensor_parallel_size", 1)
             * options.get("pipeline_parallel_size", 1)
@@ -52,5 +57,6 @@ def make_llm(clean_registry):
             engines.pop().llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
-    yield make
-    stop_all()
+    with torch._dynamo.config.patch(disable=False):
+        yield make
+        stop_all()

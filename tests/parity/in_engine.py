@@ -6,6 +6,7 @@ vLLM is imported when the environment is complete.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ _llm: Any = None
 def start(options: dict[str, Any]) -> None:
     """Start an engine in place of the one before."""
     global _llm
+    import torch
+
     from tests.parity.models import register
     from vllm import LLM
 
     stop()
     register()
+    # Nothing but the sampler would compile in an eager engine, in each of its workers.
+    eager = options["enforce_eager"]
+    os.environ["TORCH_COMPILE_DISABLE"] = str(int(eager))
+    torch._dynamo.config.disable = eager
     _llm = LLM(**options, skip_tokenizer_init=True, disable_log_stats=False)
 
 

@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import traceback
-from multiprocessing import forkserver
 from unittest import mock
 
 import torch
 
+from tests import forks
 from vllm.model_executor.checkpoint import files as checkpoint_files
 
 
@@ -32,15 +32,13 @@ def killed_at(step, function, *args):
 
 @functools.cache
 def fork_context():
-    """Forks of a process that has imported this module and computed nothing.
+    """Forks of a process that has imported vLLM and computed nothing.
 
     A fork of the tests' process could not use a GPU that they have used.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-        forkserver.ensure_running()
-    return context
+        forks.start_server()
+    return multiprocessing.get_context("forkserver")
 
 
 def run(step, errors, function, args):

@@ -7,7 +7,6 @@ With GPUs each process takes one; where there are fewer than four, two are at wo
 
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forks import run_python
 from tests.models.gpus import skip_without_gpus
 from tests.training.distributed_model import moments, parallelized, weights
 from vllm import training
@@ -28,10 +28,8 @@ RANKS = 2 if 0 < torch.cuda.device_count() < 4 else 4
 
 def torchrun(count, arguments, folder, *options):
     """Start torchrun and wait; its process and what it wrote."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", *options),
-        *("--nproc-per-node", str(count), *map(str, arguments)),
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", *options]
+    command = [*torchrun, "--nproc-per-node", count, *arguments]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CHECKS_FOLDER": str(folder),
@@ -39,9 +37,8 @@ def torchrun(count, arguments, folder, *options):
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
         "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE.parents[1])]),
     }
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
+    # By their working directory `processes_in` knows them.
+    return run_python(command, timeout=300, env=environment, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +128,13 @@ def noted(folder, name):
 
 
 def processes_in(folder):
-    """Processes that were started with this folder."""
+    """Processes that were started in this folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (process / "environ").read_bytes()
+            directory = (process / "cwd").readlink()
         except OSError:
             continue
-        if f"CHECKS_FOLDER={folder}\0".encode() in environment:
+        if directory == folder:
             found.append(process.name)
     return found

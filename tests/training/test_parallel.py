@@ -3,14 +3,13 @@
 """initialize_parallel in one process, and in two through torchrun."""
 
 import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from tests.forks import run_python
 from tests.models.gpus import skip_without_gpus
 from vllm import training
 from vllm.model_executor.parallel_context import ParallelContext
@@ -79,14 +78,10 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
 
 def test_two_processes():
     skip_without_gpus(2)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", str(CHECKS)),
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [*torchrun, "--nproc-per-node", 2, CHECKS]
+    result = run_python(command, timeout=300, env=environment)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert report.count("all checks passed") == 2, report

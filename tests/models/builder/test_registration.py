@@ -5,8 +5,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.forks import run_python
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.builder import config, registration
@@ -134,18 +133,14 @@ def test_a_closure_travels_by_value_to_another_process(tmp_path):
 
     travelling = SerializedRegistration("A", make())
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(travelling))
-    code = (
+    (tmp_path / "code.py").write_text(
         "import pickle, sys\n"
         "registration = pickle.load(open(sys.argv[1], 'rb'))\n"
         "assert registration._target is None, 'loaded before it is needed'\n"
         "print(registration.target(None), registration.uuid())\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "config.pkl")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_python([tmp_path / "code.py", tmp_path / "config.pkl"], timeout=60)
+    assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["3", travelling.uuid()]
 
 

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Workers of vLLM's own and of Ray: what reaches them, and how they end."""
 
-import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -34,13 +33,12 @@ def ray_cluster():
     """A real Ray on this host, with two CPUs and nothing else."""
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-    yield
-    os.environ.pop("RAY_ADDRESS")
-    if before is not None:
-        os.environ["RAY_ADDRESS"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        # Of its workers, which nothing but the sampler would compile for.
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        patch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+        yield
     ray.shutdown()
 
 

@@ -3,8 +3,6 @@
 """How the layers' tests judge accuracy and memory."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.forks import run_python
 from vllm.model_executor.parallel_context import ParallelContext
 
 # Where there is a GPU the kernels are tested as they are.
@@ -121,15 +120,13 @@ def assert_equal() -> Callable[..., None]:
 
 def _run_on_ranks(count: int, *checks: Path) -> None:
     """The tests of files pass in each of so many processes under torchrun."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(count), "-m", "pytest", "-q", "-x"),
-        *("-p", "no:cacheprovider", *map(str, checks)),
+    arguments = [
+        *("-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", count, "-m", "pytest", "-q", "-x"),
+        *("-p", "no:cacheprovider", *checks),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = run_python(arguments, timeout=300, env=environment)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert report.count(" passed") == count, report

@@ -4,8 +4,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from tests.forks import run_python
 from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers import training
 from vllm.model_executor.layers.training import (
@@ -399,14 +398,9 @@ def test_batch_invariant_mode_keeps_the_gradients():
     On CPU vLLM has no such mode of its own; the switch must not change the layers.
     """
     each = "test_everything_gets_a_gradient"
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-        *(__file__, "-k", each),
-    ]
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"VLLM_BATCH_INVARIANT": "1"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = run_python([*arguments, "-k", each], timeout=300, env=environment)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert f"{3 * len(LAYERS)} passed" in report, report
