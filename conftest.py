@@ -3,6 +3,9 @@
 """Settings of the whole suite, made before vLLM is imported."""
 
 import os
+from collections import Counter
+
+import pytest
 
 from tests import forks
 
@@ -19,3 +22,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 forks.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares engines and ranks stays on one of xdist's workers.
+
+    The files of few tests come first. They start processes and take long; many short
+    tests at the end keep all workers busy.
+    """
+    groups = {item: _group(item) for item in items}
+    sizes = Counter(groups.values())
+    items.sort(key=lambda item: sizes[groups[item]])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    path = item.path.relative_to(item.config.rootpath)
+    return "parity" if path.parts[:2] == ("tests", "parity") else path.as_posix()
