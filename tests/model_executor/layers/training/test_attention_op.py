@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The attention op: every implementation that runs here, and how one is chosen."""
 
+import functools
 import itertools
 import math
 from unittest.mock import Mock
@@ -166,16 +167,26 @@ def random_grad(inputs, seed=1):
     return torch.randn(query.shape, generator=generator).to(query)
 
 
+@functools.cache
+def plain_and_exact(dtype, head_size, feature):
+    """Inputs and gradient of the output, and the reference in dtype and in fp64."""
+    features = FEATURES[feature]
+    inputs = make_inputs(RAGGED, head_size, dtype, features)
+    grad = random_grad(inputs)
+    dtypes = (dtype, torch.float64)
+    return (
+        inputs,
+        grad,
+        *(run_reference(inputs, RAGGED, features, grad, each) for each in dtypes),
+    )
+
+
 @pytest.mark.parametrize(("name", "dtype", "head_size", "feature"), list(cases()))
 def test_every_implementation_is_accurate(
     name, dtype, head_size, feature, assert_as_accurate
 ):
-    features = FEATURES[feature]
-    inputs = make_inputs(RAGGED, head_size, dtype, features)
-    grad = random_grad(inputs)
-    actual = run(inputs, RAGGED, features, grad, name)
-    plain = run_reference(inputs, RAGGED, features, grad, dtype)
-    exact = run_reference(inputs, RAGGED, features, grad, torch.float64)
+    inputs, grad, plain, exact = plain_and_exact(dtype, head_size, feature)
+    actual = run(inputs, RAGGED, FEATURES[feature], grad, name)
     for what, *tensors in zip(NAMES, actual, plain, exact, strict=False):
         assert_as_accurate(what, *tensors)
 
