@@ -15,6 +15,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 # vLLM's Triton kernels would multiply fp32 in TF32, a thousandth off the trainer's.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# Threads that wait for one that has no core would take a core from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
