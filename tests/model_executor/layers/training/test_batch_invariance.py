@@ -214,19 +214,17 @@ def test_every_parameter_gets_its_gradient(dtype, how):
             hidden = model.model(ids, None, bounds)
         return -token_logprobs(hidden[:-1], model.lm_head, ids[1:]).mean()
 
-    def gradients():
+    def gradients(function):
         model.zero_grad()
-        function = (
-            torch.compile(loss_of, fullgraph=True) if how == "compiled" else loss_of
-        )
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=how == "autocast"):
             loss = function(model)
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
+    compiled = torch.compile(loss_of, fullgraph=True)
     with batch_invariant():
-        actual = gradients()
-    plain = gradients()
+        actual = gradients(compiled if how == "compiled" else loss_of)
+    plain = gradients(loss_of)
     half = dtype == torch.bfloat16 or how == "autocast"
     for name, grad in actual.items():
         assert grad.any(), name
