@@ -246,11 +246,8 @@ def test_one_thread_gives_the_bits_of_two(blocks, assert_equal):
     threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(
-            op.logits_gradient(
-                logits.detach(), lse, targets, grad, lse, grad, None, torch.float32
-            )
-        )
+        numbers = logits_gradient.RowNumbers(lse, targets, grad, lse, grad, None)
+        results.append(op.logits_gradient(logits.detach(), numbers, torch.float32))
     torch.set_num_threads(threads)
     assert_equal("gradient", *results)
 

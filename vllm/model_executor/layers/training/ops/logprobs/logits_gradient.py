@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,15 +16,72 @@ from vllm.model_executor.layers.training.ops.logprobs.reference import (
 from vllm.model_executor.op_library import define_op, has_kernel
 
 
+class RowNumbers(NamedTuple):
+    """What the gradient of rows of logits takes, one number a row.
+
+    Each has shape = [num_tokens], and all but targets are fp32, or fp64 for fp64
+    logits. A torch op takes them in this order, which is that of ROWS_SCHEMA.
+
+    Attributes:
+        lse: logarithm of the sum of exp(logits / temperature) over the whole
+            vocabulary.
+        targets: int64 column of each target, or a number outside where the target is
+            not among the columns.
+        grad: of the logprobs, divided by temperature.
+        entropy: None without grad_entropy.
+        grad_entropy: of the entropies, divided by temperature; None for zeros.
+        temperature: divides the logits; None for 1.
+    """
+
+    lse: torch.Tensor
+    targets: torch.Tensor
+    grad: torch.Tensor
+    entropy: torch.Tensor | None
+    grad_entropy: torch.Tensor | None
+    temperature: torch.Tensor | None
+
+    @classmethod
+    def of_gradients(
+        cls,
+        saved: Sequence[torch.Tensor],
+        grad: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+    ) -> RowNumbers:
+        """From the gradients that autograd gives.
+
+        Args:
+            saved: targets, temperature, entropy and lse.
+            grad: of the logprobs; None for zeros.
+            grad_entropy: of the entropies; None for zeros.
+        """
+        targets, temperature, entropy, lse = saved
+
+        def divided(grad: torch.Tensor) -> torch.Tensor:
+            return (grad if temperature is None else grad / temperature).contiguous()
+
+        return cls(
+            lse,
+            targets,
+            torch.zeros_like(lse) if grad is None else divided(grad),
+            None if grad_entropy is None else entropy,
+            None if grad_entropy is None else divided(grad_entropy),
+            temperature,
+        )
+
+    def of_rows(self, rows: slice) -> RowNumbers:
+        """Those of some rows."""
+        chosen: Any = (None if each is None else each[rows] for each in self)
+        return RowNumbers(*chosen)
+
+
+ROWS_SCHEMA = (
+    "Tensor lse, Tensor targets, Tensor grad, Tensor? entropy, Tensor? grad_entropy, "
+    "Tensor? temperature"
+)
+
+
 def logits_gradient(
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-    targets: torch.Tensor,
-    grad: torch.Tensor,
-    entropy: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    dtype: torch.dtype,
+    logits: torch.Tensor, numbers: RowNumbers, dtype: torch.dtype
 ) -> torch.Tensor:
     """Gradient of the logits from those of logprobs and entropy, times temperature.
 
@@ -36,24 +94,14 @@ def logits_gradient(
     Args:
         logits: shape = [num_tokens, columns], columns of neighbouring tokens of the
             vocabulary; rows are contiguous.
-        lse: logarithm of the sum of exp(logits / temperature) over the whole
-            vocabulary; fp32 (fp64 for fp64 logits) as are all below, shape =
-            [num_tokens].
-        targets: int64 column of each target, or a number outside where the target is
-            not among the columns, shape = [num_tokens].
-        grad: shape = [num_tokens]
-        entropy: shape = [num_tokens]; None without grad_entropy.
-        grad_entropy: shape = [num_tokens] or None for zeros.
-        temperature: divides the logits, shape = [num_tokens]; None for 1.
+        numbers: of these tokens.
         dtype: of the result: that of logits, or torch.float32.
 
     Returns:
         shape = [num_tokens, columns]
     """
     function = _logits_gradient if has_kernel(logits) else logits_gradient_reference
-    return function(
-        logits, lse, targets, grad, entropy, grad_entropy, temperature, dtype
-    )
+    return function(logits, *numbers, dtype)
 
 
 def _fake(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -61,9 +109,7 @@ def _fake(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 _logits_gradient = define_op(
-    "logits_gradient(Tensor logits, Tensor lse, Tensor targets, Tensor grad, "
-    "Tensor? entropy, Tensor? grad_entropy, Tensor? temperature, ScalarType dtype) "
-    "-> Tensor",
+    f"logits_gradient(Tensor logits, {ROWS_SCHEMA}, ScalarType dtype) -> Tensor",
     fake=_fake,
     cuda=triton_kernels.logits_gradient,
 )

@@ -24,6 +24,8 @@ from vllm.model_executor.determinism.log_softmax import (
 )
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
+    ROWS_SCHEMA,
+    RowNumbers,
     logits_gradient,
 )
 from vllm.model_executor.layers.training.ops.logprobs.reference import (
@@ -106,11 +108,6 @@ def of_rows(one_a_row: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if one_a_row is None else one_a_row[rows]
 
 
-def divided_by(grad: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
-    """The gradient of logprobs or entropies, as `logits_gradient` takes it."""
-    return (grad if temperature is None else grad / temperature).contiguous()
-
-
 def _entropy_of_rows(logprobs: torch.Tensor) -> torch.Tensor:
     if logprobs.device.type == "cuda" and has_kernel(logprobs):
         return entropy_of_rows(logprobs)
@@ -163,56 +160,30 @@ def _differentiate(
     grad_entropy: torch.Tensor | None,
     *unused: None,
 ) -> tuple[torch.Tensor | None, ...]:
-    logits, targets, temperature, entropy, lse = ctx.saved_tensors
-    grad = torch.zeros_like(lse) if grad is None else divided_by(grad, temperature)
-    if grad_entropy is not None and ctx.with_entropy:
-        grad_entropy = divided_by(grad_entropy, temperature)
-    else:
-        # AOTAutograd gives an empty gradient to the empty tensor of no entropy.
-        grad_entropy = None
-    gradient = _logits_logprobs_backward(
-        grad, grad_entropy, logits, targets, temperature, entropy, lse
-    )
-    return gradient, None, None, None, None
+    logits, *saved = ctx.saved_tensors
+    # AOTAutograd gives an empty gradient to the empty tensor of no entropy.
+    grad_entropy = grad_entropy if ctx.with_entropy else None
+    numbers = RowNumbers.of_gradients(saved, grad, grad_entropy)
+    return _logits_logprobs_backward(logits, *numbers), None, None, None, None
 
 
-def _backward(
-    grad: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor | None,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
-) -> torch.Tensor:
+def _backward(logits: torch.Tensor, *fields: Any) -> torch.Tensor:
+    numbers = RowNumbers(*fields)
     num_tokens, vocab_size = logits.shape
     gradient = logits.new_empty(num_tokens, vocab_size)
     for rows in ranges(num_tokens, blocks_for(logits).gradient // vocab_size):
         gradient[rows] = logits_gradient(
-            logits[rows],
-            lse[rows],
-            targets[rows],
-            grad[rows],
-            None if grad_entropy is None else entropy[rows],
-            of_rows(grad_entropy, rows),
-            of_rows(temperature, rows),
-            logits.dtype,
+            logits[rows], numbers.of_rows(rows), logits.dtype
         )
     return gradient
 
 
-def _fake_backward(
-    grad: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    *rest: Any,
-) -> torch.Tensor:
+def _fake_backward(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
 _logits_logprobs_backward = define_op(
-    "logits_logprobs_backward(Tensor grad, Tensor? grad_entropy, Tensor logits, "
-    "Tensor targets, Tensor? temperature, Tensor entropy, Tensor lse) -> Tensor",
+    f"logits_logprobs_backward(Tensor logits, {ROWS_SCHEMA}) -> Tensor",
     fake=_fake_backward,
     cpu=_backward,
     cuda=_backward,

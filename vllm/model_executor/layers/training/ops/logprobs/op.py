@@ -17,6 +17,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.layers.training.communication import all_gather
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
 from vllm.model_executor.layers.training.ops.logprobs.logits_gradient import (
+    ROWS_SCHEMA,
+    RowNumbers,
     logits_gradient,
 )
 from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
     IN_PLAIN_TORCH,
-    divided_by,
     new_numbers,
     of_rows,
     score,
@@ -116,25 +118,18 @@ def _fake_forward(
 
 
 def _backward(
-    grad: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    temperature: torch.Tensor | None,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
+    needs: Sequence[bool],
     kept: torch.Tensor,
     vocab_size: int,
     vocab_start: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *fields: Any,
 ) -> tuple[torch.Tensor, ...]:
-    gradients = _new_gradients(
-        hidden, weight, bias, need_hidden, need_weight, need_bias
-    )
+    numbers = RowNumbers(*fields)
+    need_hidden, need_weight, need_bias = needs
+    gradients = _new_gradients(hidden, weight, bias, needs)
     grad_hidden, grad_weight, grad_bias = gradients
     # Rows of padding have no logits, and zeros for a gradient.
     count = max(0, min(len(weight), vocab_size - vocab_start))
@@ -154,26 +149,19 @@ def _backward(
         b = None if bias is None else bias[columns]
         w_factors = w.to(dtype)
         sum_weight = _new_sum(grad_weight[columns], dtype, len(all_rows))
-        sum_bias = lse.new_zeros(len(w))
+        sum_bias = numbers.lse.new_zeros(len(w))
         for rows in all_rows:
             logits = kept[rows, columns] if len(kept) else F.linear(hidden[rows], w, b)
-            dz = logits_gradient(
-                logits,
-                lse[rows],
-                targets[rows] - (vocab_start + columns.start),
-                grad[rows],
-                None if grad_entropy is None else entropy[rows],
-                of_rows(grad_entropy, rows),
-                of_rows(temperature, rows),
-                dtype,
-            )
+            block = numbers.of_rows(rows)
+            in_columns = block.targets - (vocab_start + columns.start)
+            dz = logits_gradient(logits, block._replace(targets=in_columns), dtype)
             del logits
             if need_hidden:
                 _add_product(sum_hidden[rows], dz, w_factors, columns.start > 0)
             if need_weight:
                 _add_product(sum_weight, dz.t(), factors[rows], rows.start > 0)
             if need_bias:
-                sum_bias += dz.sum(0, dtype=lse.dtype)
+                sum_bias += dz.sum(0, dtype=sum_bias.dtype)
             del dz
         if need_weight and sum_weight.dtype != grad_weight.dtype:
             grad_weight[columns] = sum_weight
@@ -186,13 +174,11 @@ def _new_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Sequence[bool],
+    *_: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Contiguous, and empty where no gradient is needed."""
     sizes = (hidden.shape, weight.shape, () if bias is None else bias.shape)
-    needs = (need_hidden, need_weight, need_bias)
     return tuple(
         hidden.new_empty(size if need else (0,)) for size, need in zip(sizes, needs)
     )
@@ -221,26 +207,15 @@ def _add_product(
         total.copy_(a @ b)
 
 
-def _fake_backward(
-    grad: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    return _new_gradients(hidden, weight, bias, *rest[-3:])
-
-
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
     hidden, weight, bias, targets, temperature, vocab_size, vocab_start = inputs[:7]
     _, entropy, lse, kept = output
     ctx.save_for_backward(
-        hidden, weight, bias, targets, temperature, entropy, lse, kept
+        hidden, weight, bias, kept, targets, temperature, entropy, lse
     )
-    ctx.numbers = vocab_size, vocab_start
+    ctx.vocabulary = vocab_size, vocab_start
     ctx.with_entropy = inputs[8]
     # The gradients of lse and of the kept logits are not wanted as zeros.
     ctx.set_materialize_grads(False)
@@ -253,35 +228,23 @@ def _differentiate(
     grad_entropy: torch.Tensor | None,
     *unused: None,
 ) -> tuple[torch.Tensor | None, ...]:
-    *saved, temperature, entropy, lse, kept = ctx.saved_tensors
-    grad = torch.zeros_like(lse) if grad is None else divided_by(grad, temperature)
-    if grad_entropy is not None and ctx.with_entropy:
-        grad_entropy = divided_by(grad_entropy, temperature)
-    else:
-        # AOTAutograd gives an empty gradient to the empty tensor of no entropy.
-        grad_entropy = None
+    hidden, weight, bias, kept, *saved = ctx.saved_tensors
+    # AOTAutograd gives an empty gradient to the empty tensor of no entropy.
+    grad_entropy = grad_entropy if ctx.with_entropy else None
+    numbers = RowNumbers.of_gradients(saved, grad, grad_entropy)
     needs = ctx.needs_input_grad[:3]
     gradients = _token_logprobs_backward(
-        grad,
-        grad_entropy,
-        *saved,
-        temperature,
-        entropy,
-        lse,
-        kept,
-        *ctx.numbers,
-        *needs,
+        hidden, weight, bias, needs, kept, *ctx.vocabulary, *numbers
     )
     used = [gradient if need else None for gradient, need in zip(gradients, needs)]
     return (*used, *[None] * 7)
 
 
 _token_logprobs_backward = define_op(
-    "token_logprobs_backward(Tensor grad, Tensor? grad_entropy, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, "
-    "Tensor entropy, Tensor lse, Tensor kept, int vocab_size, int vocab_start, "
-    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    "token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, "
+    "bool[3] needs, Tensor kept, int vocab_size, int vocab_start, "
+    f"{ROWS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    fake=_new_gradients,
     cpu=_backward,
     cuda=_backward,
     backward=refuse_second_derivative_of("token_logprobs", IN_PLAIN_TORCH),
