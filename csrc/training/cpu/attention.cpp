@@ -306,12 +306,12 @@ Tensor cpu_attention_lse(const Tensor& query, const Tensor& key,
 std::tuple<Tensor, Tensor, Tensor> cpu_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& output, const Tensor& lse,
-    const Tensor& cu_seqlens, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& alibi_slopes, double scale, bool causal,
-    int64_t window, double soft_cap) {
+    const Tensor& cu_seqlens, const std::optional<Tensor>& alibi_slopes,
+    double scale, bool causal, int64_t window, double soft_cap) {
+  // Sinks are in lse.
   AttentionArguments a =
-      checked_arguments(query, key, &value, cu_seqlens, sinks, alibi_slopes,
-                        {scale, causal, window, soft_cap});
+      checked_arguments(query, key, &value, cu_seqlens, std::nullopt,
+                        alibi_slopes, {scale, causal, window, soft_cap});
   check_heads("grad_output", grad_output, query, a.num_heads);
   check_heads("output", output, query, a.num_heads);
   STD_TORCH_CHECK(
@@ -378,8 +378,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_training, library) {
       "-> Tensor lse");
   library.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, "
-      "Tensor value, Tensor output, Tensor lse, Tensor cu_seqlens, Tensor? "
-      "sinks, "
+      "Tensor value, Tensor output, Tensor lse, Tensor cu_seqlens, "
       "Tensor? alibi_slopes, float scale, bool causal, int window, float "
       "soft_cap) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");

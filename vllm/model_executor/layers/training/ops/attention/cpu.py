@@ -52,7 +52,6 @@ def backward(
         output,
         lse,
         call.cu_seqlens,
-        None,
         call.alibi_slopes,
         *_numbers(call.spec),
     )
