@@ -22,7 +22,8 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 HERE = Path(__file__).parent
 ON_GLOO = not torch.cuda.is_available()
-SECONDS_TO_AN_END = 30
+# Without an end of its own, a rank waits as long as its process group: 30 minutes.
+SECONDS_TO_AN_END = 150
 RANKS = 2 if 0 < torch.cuda.device_count() < 4 else 4
 
 
