@@ -72,7 +72,7 @@ demo: setup
 
 # Two at a time: most of it is single processes that import and compile.
 test: setup
-	$(PY) -m pytest -q --durations=10 -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PY) -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Collectives and tensor parallelism take as many GPUs as there are, of 1, 2 and 4.
 test-gpu: setup

@@ -27,18 +27,11 @@ forks.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares engines and ranks stays on one of xdist's workers.
+    """The files of few tests come first.
 
-    The files of few tests come first. They start processes and take long; many short
-    tests at the end keep all workers busy.
+    They start processes and take long; many short tests at the end keep all workers
+    busy. A file's tests share engines and ranks, so that xdist keeps them together
+    (`--dist loadfile`).
     """
-    groups = {item: _group(item) for item in items}
-    sizes = Counter(groups.values())
-    items.sort(key=lambda item: sizes[groups[item]])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-
-
-def _group(item: pytest.Item) -> str:
-    path = item.path.relative_to(item.config.rootpath)
-    return "parity" if path.parts[:2] == ("tests", "parity") else path.as_posix()
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (sizes[item.path], item.path))

@@ -142,7 +142,7 @@ def test_a_patch_that_does_not_apply_leaves_nothing(
     tmp_path: Path, patches: Path, base: BaseWheel
 ) -> None:
     patch = patches / "0002-Config-more.patch"
-    patch.write_text(patch.read_text().replace(" two and a half", " 2.5"))
+    patch.write_text(patch.read_text().replace(" two_and_a_half", " 2.5"))
     with pytest.raises(OverlayError, match="registry.py: patch does not apply"):
         start_edit(base, patches, tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
