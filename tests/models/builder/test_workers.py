@@ -42,10 +42,22 @@ def ray_cluster():
     ray.shutdown()
 
 
+# Of engines that the tests of other files keep, in this process.
+_of_other_tests: set[psutil.Process] = set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_tests_engines():
+    """Leave out of `engine_processes` what is there before the first test."""
+    _of_other_tests.update(engine_processes())
+
+
 def engine_processes() -> list[psutil.Process]:
-    """Engine cores and workers that this test started, also as Ray's actors."""
+    """Engine cores and workers that these tests started, also as Ray's actors."""
     found = []
     for process in psutil.Process().children(recursive=True):
+        if process in _of_other_tests:
+            continue
         try:
             title = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What Ray's executor needs beyond upstream: hosts without GPUs, and a clean end.
+"""What Ray's executor needs beyond vLLM's own: hosts without GPUs, and a clean end.
 
 On CPU a worker's bundle is one of Ray's CPUs. Workers get the threads that workers of
 the multiprocessing executor get, so that both compute the same bits.

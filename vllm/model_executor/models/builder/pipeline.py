@@ -91,7 +91,7 @@ def stage_bounds(num_layers: int, parallel_context: ParallelContext) -> tuple[in
         ValueError: There are fewer layers than stages, or VLLM_PP_LAYER_PARTITION
             leaves this stage without.
     """
-    # The registry, which upstream imports, imports this package.
+    # The registry, which vllm_internals imports, imports this package.
     from vllm.model_executor import vllm_internals
 
     stages = parallel_context.pp_size

@@ -72,13 +72,13 @@ def _backward_kernel(
     block: tl.constexpr,
 ):
     row, column, mask = _piece(size, block)
-    upstream = tl.load(grad + row * grad_stride + column, mask=mask).to(tl.float32)
+    grad_output = tl.load(grad + row * grad_stride + column, mask=mask).to(tl.float32)
     gate = tl.load(x + row * x_stride + column, mask=mask).to(tl.float32)
     up = tl.load(x + row * x_stride + size + column, mask=mask).to(tl.float32)
     activated, derivative = _activate(gate, form)
     grad_x += row * (2 * size) + column
-    tl.store(grad_x, upstream * up * derivative, mask=mask)
-    tl.store(grad_x + size, upstream * activated, mask=mask)
+    tl.store(grad_x, grad_output * up * derivative, mask=mask)
+    tl.store(grad_x + size, grad_output * activated, mask=mask)
 
 
 class _Tiling(NamedTuple):

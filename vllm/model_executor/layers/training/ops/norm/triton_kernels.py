@@ -89,13 +89,13 @@ def _backward_kernel(
         inverse = tl.load(rstd + index, mask=index < rows, other=0)[:, None]
         row = index.to(tl.int64)[:, None]
         mask = (row < rows) & (column < hidden)
-        upstream = tl.load(
+        grad_output = tl.load(
             grad + row * (grad_stride * vector) + column, mask=mask, other=0
         ).to(tl.float32)
         value = tl.load(x + row * (x_stride * vector) + column, mask=mask, other=0)
         normal = value.to(tl.float32) * inverse
-        grad_scale += upstream * normal
-        scaled = upstream * scale
+        grad_scale += grad_output * normal
+        scaled = grad_output * scale
         mean = tl.sum(scaled * normal, 1, keep_dims=True) / hidden
         result = (scaled - normal * mean) * inverse
         if grad_sum is not None:
