@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Engines that end with the test that started them."""
 
+import logging
+
 import pytest
 import torch
 
@@ -60,3 +62,13 @@ def make_llm(clean_registry, monkeypatch):
     with torch._dynamo.config.patch(disable=False):
         yield make
         stop_all()
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """vLLM's loggers do not propagate."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, "vllm")
+    yield caplog
+    logger.removeHandler(caplog.handler)

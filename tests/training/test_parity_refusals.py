@@ -231,6 +231,17 @@ def test_the_engines_head_is_the_trainers(engine, monkeypatch):
         parity.check(engine, a_model(), PROMPTS, head="output")
 
 
+def test_a_trainer_may_want_batches_where_the_engine_does_not(engine):
+    class Batched(GenericTransformerForCausalLM):
+        def forward(self, input_ids, positions):
+            assert input_ids.ndim == 2
+            return super().forward(input_ids, positions)
+
+    model = a_model()
+    model.__class__ = Batched
+    assert parity.check(engine, model, PROMPTS, max_tokens=1).all_equal
+
+
 BAD_PROMPTS = [
     ([[1.5]], r"prompts\[0\] is \[1.5\]; give a text, or token ids"),
     ([["a"]], "give a text, or token ids"),

@@ -67,3 +67,34 @@ def test_wrong_methods_are_refused():
 
     with pytest.raises(TypeError, match="hidden_states .* returned tuple"):
         check_servable(Tuple(CONFIG), CONFIG)
+
+
+class Doubled(CappedGPT):
+    """Trains other logits than it serves."""
+
+    def forward(self, input_ids, positions):
+        return 2 * super().forward(input_ids, positions)
+
+
+class CappedAfterHead(PlainGPT):
+    """Caps its logits where no engine does."""
+
+    hidden_states = CappedGPT.hidden_states
+
+    def forward(self, input_ids, positions):
+        return super().forward(input_ids, positions).clamp(-0.01, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "served"), [(Doubled, "logits"), (CappedAfterHead, "to_vocab")]
+)
+def test_a_forward_that_is_not_what_is_served_is_refused(kind, served):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=rf"return {served}\(hidden_states\(...\)\)"):
+        check_servable(kind(CONFIG), CONFIG)
+
+
+def test_a_forward_that_cannot_be_compared_is_warned_of(caplog_vllm):
+    check_servable(HalfGPT(CONFIG), CONFIG)
+    assert "could not be compared with the method hidden_states" in caplog_vllm.text
+    assert "AssertionError: not called" in caplog_vllm.text

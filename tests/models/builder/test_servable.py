@@ -3,7 +3,6 @@
 """The check that a model's rows depend on ids, positions and attention alone."""
 
 import copy
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -500,16 +499,6 @@ def _attributes(model):
         for name, value in vars(module).items()
         if "hooks" in name and hasattr(value, "__len__")
     }
-
-
-@pytest.fixture
-def caplog_vllm(caplog):
-    """vLLM's loggers do not propagate."""
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.WARNING, "vllm")
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_what_stages_and_ranks_found_is_joined():

@@ -57,7 +57,7 @@ def test_a_model_that_says_what_its_head_receives(make_llm, tmp_path):
     llm = make_llm(tmp_path)
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
     (worker,) = llm.collective_rpc("call_training", args=("describe",))
-    assert worker["head"] is None and worker["batched"]
+    assert worker["head"] is None and worker["batched"] is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

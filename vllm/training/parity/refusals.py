@@ -41,7 +41,7 @@ class Comparable(NamedTuple):
             they are.
         next_step: what to look at if their tokens differ all the same.
         head: path of the head in the engine; None if the engine does not know it.
-        batched: whether the engine calls its module with [batch, seq]; None likewise.
+        batched: what the engine's builder says; see `BuilderOptions.batched`.
     """
 
     weights_note: str

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A training-only module without its head, for engine, start-up check and parity.
 
-The head is applied to the positions where a token is sampled or scored alone. A module
-says where it begins by a method `hidden_states(input_ids, positions)`, which returns
-what the head receives, and may have a method `logits(hidden_states)`. Of any other
-module the head is found (`head.find_head`), and a `HeadTap` stands for it in `forward`.
+The engine applies the head only where a token is sampled, and parity only where one is
+scored. A module may have a method `hidden_states(input_ids, positions)`, which returns
+what the head receives, and a method `logits(hidden_states)`. In any other module
+`head.find_head` finds the head, and a `HeadTap` takes its place in `forward`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm.model_executor.models.builder.head import HeadTap, find_head
 from vllm.model_executor.models.builder.interface import check_head_output
+from vllm.model_executor.models.builder.rows import close
 
 
 class Method(nn.Module):
@@ -44,8 +45,8 @@ class Body:
 
     Attributes:
         module: What is called with tokens: the module, or its method `hidden_states`.
-            It returns what the head receives while `install` holds.
-        head: What turns that into logits, once it is set.
+            After `install` it returns what the head receives.
+        head: What turns that into logits; `set_head` sets it.
         head_path: For messages.
     """
 
@@ -59,7 +60,10 @@ class Body:
     def find_head(
         self, option: str | None, caller: str, sizes: tuple[int, int] | None = None
     ) -> str | None:
-        """Path of the head, see `head.find_head`; None: the method `logits`.
+        """Path of the head, as `head.find_head` finds it.
+
+        Returns:
+            The path; None if the module has a method `logits` in place of a head.
 
         Raises:
             TypeError: A head is named, and the module has its own `logits`.
@@ -119,6 +123,40 @@ class Body:
                 f"{type(output).__name__}, and has to return a tensor of shape "
                 "[..., num_tokens, hidden_size]."
             )
+
+    def difference(
+        self, call: Callable[[nn.Module], Any], hidden_states: torch.Tensor
+    ) -> str | None:
+        """Compare `forward`, which may be trained, with the methods that are served.
+
+        Args:
+            call: Calls a module with the tokens that gave `hidden_states`.
+            hidden_states: What the method of that name returned.
+
+        Returns:
+            The difference in words; None if there is none, or if the module has no
+            such methods.
+        """
+        if self.module is self._whole or not self.head_path:
+            return None
+        if isinstance(self.head, Method):
+            head, served = "logits", self.head(hidden_states)
+            trained = call(self._whole)
+        else:
+            head, served = self.head_path, hidden_states
+            with HeadTap(self.head).installed():
+                trained = call(self._whole)
+        if (
+            isinstance(trained, torch.Tensor)
+            and trained.shape == served.shape
+            and close(trained.flatten(0, -2), served.flatten(0, -2))
+        ):
+            return None
+        return (
+            f"forward does not return {head}(hidden_states(...)), which is what the "
+            "engine serves. Let forward call both and return the result unchanged. "
+            "What follows the head belongs in a method logits(hidden_states)."
+        )
 
 
 def _has(module: nn.Module, method: str) -> bool:

@@ -173,7 +173,7 @@ def check_servable(
     try:
         with body.installed():
             findings = probe(
-                body.module,
+                body,
                 layout,
                 vocab_size,
                 getattr(text_config, "max_position_embeddings", None) or 2048,
@@ -212,7 +212,7 @@ def check_in_engine(model: "BuiltModel") -> None:
     device = torch.device(vllm_internals.current_platform.device_type)
     with vllm_internals.set_forward_context(None, model.vllm_config):
         findings = probe(
-            model.body.module,
+            model.body,
             model.batched,
             model.vocab_size,
             model.vllm_config.model_config.max_model_len,
@@ -263,7 +263,7 @@ def judge(findings: Findings, uses_positions: bool, name: str) -> None:
 
 
 def probe(
-    module: nn.Module,
+    body: Body,
     batched: bool,
     vocab_size: int,
     max_positions: int,
@@ -274,7 +274,7 @@ def probe(
     """Run a training-only module, in evaluation mode, and compare rows.
 
     Args:
-        module: The module.
+        body: The module, without its head.
         batched: Whether it wants `[1, num_tokens]`.
         vocab_size: Token ids are below it.
         max_positions: Positions are below it.
@@ -283,6 +283,7 @@ def probe(
             tokens.
         carried: Width and dtype of the hidden states of a later pipeline stage.
     """
+    module = body.module
     count = _number_of_tokens(module)
     first, second = _batches(count, vocab_size, max_positions, device, carried)
     row = count // 2
@@ -293,13 +294,16 @@ def probe(
     recording = Recording()
     notes: list[str] = []
 
-    def run(batch: Batch, visit: Visit, callers: _Callers | None = None) -> Any:
+    def call(called: nn.Module, batch: Batch) -> Any:
         ids = None if carried else batch.input_ids
+        states = batch.hidden_states
+        return call_module(called, batched, ids, batch.positions, states)
+
+    def run(batch: Batch, visit: Visit, callers: _Callers | None = None) -> Any:
         with watching(module, count, visit) as running, callers or nullcontext():
             if callers:
                 callers.running = running
-            states = batch.hidden_states
-            return call_module(module, batched, ids, batch.positions, states)
+            return call(module, batch)
 
     def compare(
         batch: Batch, rows: torch.Tensor, recorded: torch.Tensor, poison: bool = False
@@ -318,6 +322,14 @@ def probe(
         if random:
             problems += _describe(module, random, _RANDOM)
             return _findings(problems, notes, layers, None)
+        try:
+            difference = body.difference(lambda called: call(called, first), output)
+            problems += [difference] if difference else []
+        except Exception as error:
+            notes.append(
+                "forward could not be compared with the method hidden_states, which "
+                f"is served: {type(error).__name__}: {error}"
+            )
         replaced = first.keeping(row, second)
         mixing = compare(replaced, one, one)
         try:

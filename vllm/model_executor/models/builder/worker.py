@@ -57,8 +57,9 @@ def describe(worker: Any) -> dict[str, Any]:
         weights: fingerprints of the checkpoint's tensors that this worker's pipeline
             stage holds, by name; None where the model has its own `load_weights`.
         weights_missing: names of this stage's tensors that were never loaded.
-        head, batched: path of the head, on the last pipeline stage, and whether the
-            module is called with [batch, seq]; None of a model with vLLM's interface.
+        head: path of the head, on the last pipeline stage; None of a model that says
+            itself what its logits are.
+        batched: what the builder says of [batch, seq]; see `BuilderOptions.batched`.
     """
     device = worker.device
     is_cuda = device.type == "cuda"
@@ -68,6 +69,7 @@ def describe(worker: Any) -> dict[str, Any]:
     shards = extra.get("tp_reduction_shards") if isinstance(extra, dict) else None
     model = worker.get_model()
     loader = getattr(model, "loader", None)
+    spec = getattr(model, "spec", None)
     recorded = loader if isinstance(loader, EngineLoader) else None
     return {
         "batch_invariant": is_batch_invariant(),
@@ -83,7 +85,7 @@ def describe(worker: Any) -> dict[str, Any]:
         "weights": dict(recorded.fingerprints) if recorded else None,
         "weights_missing": recorded.never_loaded() if recorded else [],
         "head": getattr(model, "head_path", None),
-        "batched": getattr(model, "batched", None),
+        "batched": spec.options.batched if spec else None,
     }
 
 
