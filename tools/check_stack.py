@@ -21,7 +21,7 @@ sys.path.insert(0, str(TOOLS))
 
 from vllm_overlay import upstream  # noqa: E402
 from vllm_overlay.base import load_base  # noqa: E402
-from vllm_overlay.common import CHECKOUT, OverlayError  # noqa: E402
+from vllm_overlay.common import CHECKOUT, OverlayError, git  # noqa: E402
 
 LAYERS = "tests/model_executor/layers/training"
 KERNEL_TESTS = [
@@ -114,13 +114,11 @@ def test(tree: Path, tests: list[str]) -> None:
 
 def import_each_commit(tree: Path) -> None:
     """Check out each commit and import the modules that it adds."""
-    git = ["git", "-C", str(tree)]
     span = f"{upstream.PRISTINE}..{upstream.BRANCH}"
-    log = subprocess.check_output([*git, "rev-list", "--reverse", span], text=True)
-    for commit in log.split():
-        subprocess.check_call([*git, "checkout", "--quiet", commit])
-        show = [*git, "show", "--name-only", "--diff-filter=A", "--format=", commit]
-        paths = subprocess.check_output([*show, "--", "vllm"], text=True).split()
+    added = ("show", "--name-only", "--diff-filter=A", "--format=")
+    for commit in git(tree, "rev-list", "--reverse", span).split():
+        git(tree, "checkout", "--quiet", commit)
+        paths = git(tree, *added, commit, "--", "vllm").split()
         modules = [
             path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
             for path in paths
@@ -128,7 +126,7 @@ def import_each_commit(tree: Path) -> None:
         ]
         print(f"{commit[:12]}: {len(modules)} modules", flush=True)
         run(["-c", IMPORT, "vllm.config", *modules], tree, {"PYTHONPATH": str(tree)})
-    subprocess.check_call([*git, "checkout", "--quiet", upstream.BRANCH])
+    git(tree, "checkout", "--quiet", upstream.BRANCH)
 
 
 def main(out: Path, versions: list[str]) -> int:

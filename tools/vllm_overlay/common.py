@@ -5,6 +5,7 @@
 import hashlib
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -17,11 +18,17 @@ BUILT_EXTENSION = "build/extension/_training_C.abi3.so"
 _JUNK_SUFFIXES = (".pyc", ".pyo", ".orig", ".rej", ".swp", "~")
 
 
+# Who commits, unless a caller names someone else.
+OURS = {"name": "vLLM overlay", "email": "overlay@localhost"}
+
+
 class OverlayError(Exception):
     """A request that cannot be carried out; the message says what to do."""
 
 
-def git(folder: Path, *arguments: str | Path) -> str:
+def git(
+    folder: Path, *arguments: str | Path, identity: Mapping[str, str] = OURS
+) -> str:
     """Run git in a folder, out of reach of repositories around it and of settings.
 
     Within an ignored folder of another repository `git apply` would skip files
@@ -30,21 +37,29 @@ def git(folder: Path, *arguments: str | Path) -> str:
     Args:
         folder: Where to run it; a repository of its own, or none.
         *arguments: Git's command line.
+        identity: Who commits: name and email.
 
     Returns:
         What git wrote.
 
     Raises:
-        OverlayError: If git is not installed, or fails.
+        OverlayError: If the folder is absent, or git is not installed or fails.
     """
+    if not folder.is_dir():
+        raise OverlayError(f"{folder} is no folder")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment |= {
         "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent),
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
     }
-    identity = ("-c", "user.name=vLLM overlay", "-c", "user.email=overlay@localhost")
-    command = ["git", *identity, *map(str, arguments)]
+    environment |= {
+        f"GIT_{role}_{key.upper()}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for key, value in identity.items()
+    }
+    # Git would pack the objects beside us, and remove them while they are copied.
+    command = ["git", "-c", "gc.auto=0", *map(str, arguments)]
     try:
         result = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, check=False

@@ -13,11 +13,11 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_overlay.base import BaseWheel, fetch, load_base
-from vllm_overlay.common import OverlayError, blob_id, bullets
+from vllm_overlay.common import OverlayError, blob_id, bullets, git
 from vllm_overlay.imports import fill_packages, unresolved
 from vllm_overlay.series import load_series
 from vllm_overlay.stack import Commit, candidates, load_stack, number
@@ -56,19 +56,19 @@ def export(source: str, out: Path, checkout: Path, version: str | None = None) -
         shutil.copytree(
             tree, repository, symlinks=True, ignore=shutil.ignore_patterns(".git")
         )
-    _git(repository, "init", "--quiet", "--initial-branch", PRISTINE)
+    git(repository, "init", "--quiet", "--initial-branch", PRISTINE)
     identity = _identity(checkout)
-    _identify(repository, identity or _NOBODY)
-    _commit(repository, f"vLLM {release.version}\n")
-    _git(repository, "checkout", "--quiet", "-b", BRANCH)
+    author = identity or _NOBODY
+    _commit(repository, f"vLLM {release.version}\n", author)
+    git(repository, "checkout", "--quiet", "-b", BRANCH)
     sign = ("--signoff",) if identity else ()
     for commit, paths in release.commits:
         _make(repository, release, commit, paths)
         patch = release.patches.get(commit.patch)
-        _commit(repository, commit.message(patch), *sign)
+        _commit(repository, commit.message(patch), author, *sign)
     release.check_result(repository, after)
     patches = (out / "patches").resolve()
-    _format(repository, patches, checkout)
+    _format(repository, patches, checkout, author)
     _prove(repository, patches)
     return (
         f"{repository}: branch {BRANCH} on vLLM {release.version}, "
@@ -165,13 +165,8 @@ class Release:
                 shutil.copyfile(tree / path, ours)
                 base.write_bytes(pristine[path])
                 theirs.write_bytes(data)
-                merge = [
-                    "git",
-                    "merge-file",
-                    "--quiet",
-                    *map(str, (ours, base, theirs)),
-                ]
-                subprocess.run(merge, check=False)  # a conflict is another id, too
+                with suppress(OverlayError):  # a conflict gives another id
+                    git(Path(folder), "merge-file", "--quiet", ours, base, theirs)
                 ids[path] = blob_id(ours.read_bytes())
         return ids
 
@@ -232,10 +227,10 @@ def _make(repository: Path, release: Release, commit: Commit, paths: list[str]) 
     replaced: list[str] = []
     for diff in release.diffs(commit):
         without = [f"--exclude={path}" for path in replaced]
-        _git(repository, "apply", "--whitespace=nowarn", *without, diff.resolve())
+        git(repository, "apply", "--whitespace=nowarn", *without, diff.resolve())
         replaced += [path for path, *_ in _INDEX.findall(diff.read_text("utf-8"))]
     tree = {
-        path: repository / path for path in _git(repository, "ls-files").split("\n")
+        path: repository / path for path in git(repository, "ls-files").splitlines()
     }
     tree |= {path: repository / path for path in paths}
     packages = fill_packages(tree, release.files)
@@ -246,22 +241,23 @@ def _make(repository: Path, release: Release, commit: Commit, paths: list[str]) 
         )
 
 
-def _format(repository: Path, patches: Path, checkout: Path) -> None:
+def _format(
+    repository: Path, patches: Path, checkout: Path, author: Mapping[str, str]
+) -> None:
     """Export the branch with a cover letter that says how large each commit is."""
     cover = (checkout / "patches/upstream/cover.md").read_text(encoding="utf-8")
     commits = f"{PRISTINE}..{BRANCH}"
-    log = _git(
-        repository, "log", "--reverse", "--shortstat", "--format=%x00%s", commits
-    )
+    log = git(repository, "log", "--reverse", "--shortstat", "--format=%x00%s", commits)
     lines = ["files  lines  commit"]
     for entry in log.split("\0")[1:]:
         subject, _, sizes = entry.strip().partition("\n")
         files, added = (int(n) for n in re.findall(r"(\d+) (?:file|ins)", sizes)[:2])
         lines.append(f"{files:5}  {added:5}  {subject}")
     description = f"{cover.strip()}\n\n" + "\n".join(lines)
-    _git(repository, "config", f"branch.{BRANCH}.description", description)
+    git(repository, "config", f"branch.{BRANCH}.description", description)
     options = ("--cover-letter", "--cover-from-description=subject")
-    _git(repository, "format-patch", "--quiet", *options, "-o", patches, commits)
+    export = ("format-patch", "--quiet", *options, "-o", patches, commits)
+    git(repository, *export, identity=author)
 
 
 def _prove(repository: Path, patches: Path) -> None:
@@ -269,10 +265,9 @@ def _prove(repository: Path, patches: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "vllm"
         pristine = ("--branch", PRISTINE)
-        _git(Path(folder), "clone", "--quiet", *pristine, repository.resolve(), clone)
-        _identify(clone, _NOBODY)
+        git(Path(folder), "clone", "--quiet", *pristine, repository.resolve(), clone)
         files = sorted(patches.glob("*.patch"))[1:]  # the first is the cover letter
-        _git(clone, "am", "--quiet", "--keep-non-patch", "--keep-cr", *files)
+        git(clone, "am", "--quiet", "--keep-non-patch", "--keep-cr", *files)
         if _tree(clone, "HEAD") != _tree(repository, BRANCH):
             raise OverlayError(
                 f"`git am` of {patches} does not give the tree of {repository}"
@@ -280,36 +275,24 @@ def _prove(repository: Path, patches: Path) -> None:
 
 
 def _tree(repository: Path, revision: str) -> str:
-    return _git(repository, "rev-parse", f"{revision}^{{tree}}")
+    return git(repository, "rev-parse", f"{revision}^{{tree}}").strip()
 
 
 def _identity(checkout: Path) -> dict[str, str] | None:
     """The name and address that git has for the checkout, if it has both."""
+    # With the settings that `git` leaves out.
+    command = ["git", "-C", str(checkout), "config", "--default", "", "--get"]
     found = {
-        key: _git(checkout, "config", "--default", "", "--get", f"user.{key}")
+        key: subprocess.check_output([*command, f"user.{key}"], text=True).strip()
         for key in ("name", "email")
     }
     return found if all(found.values()) else None
 
 
-def _identify(repository: Path, identity: Mapping[str, str]) -> None:
-    for key, value in identity.items():
-        _git(repository, "config", f"user.{key}", value)
-
-
-def _commit(repository: Path, message: str, *options: str) -> None:
+def _commit(
+    repository: Path, message: str, author: Mapping[str, str], *options: str
+) -> None:
     # --force: the source distribution holds files that vLLM's .gitignore lists.
-    _git(repository, "add", "--all", "--force")
-    _git(repository, "commit", "--quiet", *options, "--message", message)
-
-
-def _git(folder: Path, *arguments: str | Path) -> str:
-    # Git would pack the objects beside us, and remove them while we copy them.
-    settings = ("-c", "core.autocrlf=false", "-c", "gc.auto=0")
-    command = ["git", *settings, *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        raise OverlayError(f"{' '.join(command)} failed in {folder}:\n{result.stderr}")
-    return result.stdout.strip()
+    git(repository, "add", "--all", "--force")
+    commit = ("commit", "--quiet", *options, "--message", message)
+    git(repository, *commit, identity=author)
