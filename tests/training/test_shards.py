@@ -94,8 +94,8 @@ def test_boxes_are_what_cutting_gives(case, named, dp_size, monkeypatch):
             for shard in parameter.shards:
                 tensor = tensors[shard.tensor]
                 assert shard.shape == tuple(tensor.shape)
-                box = shards._box(shard.offsets, shard.sizes)
-                whole_box = shards._box(shard.parameter_offsets, shard.sizes)
+                box = shards.slices(shard.offsets, shard.sizes)
+                whole_box = shards.slices(shard.parameter_offsets, shard.sizes)
                 assert torch.equal(tensor[box], full[whole_box])
                 covered[shard.tensor][box] += 1 / shard.replicas
                 parameter.put(target, shard, tensor[box])

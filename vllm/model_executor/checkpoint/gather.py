@@ -17,7 +17,7 @@ from vllm.model_executor.checkpoint.layout import (
     tensors_of,
 )
 from vllm.model_executor.checkpoint.ranks import gather_objects, rank_and_size
-from vllm.model_executor.checkpoint.shards import local_tensor
+from vllm.model_executor.checkpoint.shards import local_tensor, slices
 from vllm.model_executor.checkpoint.specification import CheckpointTensor
 from vllm.model_executor.checkpoint.state_dict_hooks import refuse_changing_hooks
 
@@ -107,8 +107,7 @@ class Gatherer:
                 piece = torch.empty(sizes, dtype=tensor.dtype, device=device)
             if self._world_size > 1:
                 dist.broadcast(piece, src=owners[0])
-            box = tuple(slice(a, a + n) for a, n in zip(offsets, sizes))
-            full[box].copy_(piece)
+            full[slices(offsets, sizes)].copy_(piece)
         return full
 
 

@@ -60,7 +60,7 @@ class TensorShard:
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """The piece as a view of what this rank holds of the parameter."""
-        return tensor[_box(self.local_offsets, self.sizes)]
+        return tensor[slices(self.local_offsets, self.sizes)]
 
     @property
     def numel(self) -> int:
@@ -102,7 +102,7 @@ class LocalParameter:
         offsets = list(shard.parameter_offsets)
         if self.dim is not None:
             offsets[self.dim] -= origin
-        return _box(offsets, shard.sizes)
+        return slices(offsets, shard.sizes)
 
     def put(
         self, tensor: torch.Tensor, shard: TensorShard, piece: torch.Tensor
@@ -211,5 +211,6 @@ def sharded_mesh_dims(tensor: DTensor) -> list[tuple[str, int, int]]:
     ]
 
 
-def _box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+def slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    """Where a box lies in a tensor, as an index of it."""
     return tuple(slice(start, start + size) for start, size in zip(offsets, sizes))

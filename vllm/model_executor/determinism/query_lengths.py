@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Into which lengths queries are cut, so that every step runs one attention kernel.
+"""How queries are cut, so that every step runs the same attention kernel.
 
 Attention kernels choose their tiles by the number of queries, and with the tile the
 order in which keys are added up.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The sizes in a model's `config.json` that vLLM needs, and which of them fit."""
+"""Checks of the sizes in a model's `config.json` that vLLM needs."""
 
 from collections.abc import Mapping
 from typing import Any

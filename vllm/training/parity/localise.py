@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Key = tuple[str, int, int]
+from vllm.model_executor.models.builder.recorder import Key
 
 
 def first_differing_module(

@@ -15,7 +15,7 @@ from torch import nn
 
 from vllm.model_executor.checkpoint.fingerprint import row_fingerprints
 
-_Key = tuple[str, int, int]
+Key = tuple[str, int, int]
 
 
 class ModuleRecorder:
@@ -29,7 +29,7 @@ class ModuleRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.rows: dict[_Key, list[torch.Tensor]] = {}
+        self.rows: dict[Key, list[torch.Tensor]] = {}
         self.calls: dict[str, int] = {}
         self.num_tokens = 0
         self.handles = [
