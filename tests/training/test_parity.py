@@ -20,6 +20,7 @@ from vllm.model_executor.checkpoint.layout import CheckpointLayout
 from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import VLLMFlashAttention
+from vllm.model_executor.models.builder import BuilderOptions
 from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.builder.recorder import ModuleRecorder
 from vllm.model_executor.models.generic_transformer import (
@@ -195,9 +196,15 @@ class Batched(nn.Module):
         return self.to_vocab(self.dropout(self.inner(self.embedding(input_ids))))
 
 
-class Scaled(Batched):
+class Normed(Batched):
     def forward(self, input_ids, positions):
-        return super().forward(input_ids, positions) * 2
+        return super().forward(input_ids, positions).softmax(-1)
+
+
+class Capped(Batched):
+    def forward(self, idx, position_ids=None, labels=None):
+        logits = torch.tanh(super().forward(idx, position_ids)) * 2
+        return {"loss": None, "logits": logits}
 
 
 def test_a_batched_model_is_left_as_it_was():
@@ -261,7 +268,8 @@ def test_a_head_is_found_or_named_and_called(kind, named):
     model, path = with_head(kind)
     model.to(DEVICE).eval()
     ids = PROMPT + SAMPLED
-    scorer = Scorer(model, head=path if named else None)
+    options = BuilderOptions(head=path if named else None)
+    scorer = Scorer(model, options)
     assert scorer.body.head_path == path
     states = scorer.hidden_states([ids], [range(len(ids))])
     (rows,) = scorer.full_logprobs(states, 1.0)
@@ -285,12 +293,19 @@ def test_a_head_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="WithoutHead is the head.*Compute the logits"):
         Scorer(model)
     with pytest.raises(ValueError, match="names the head 'head', .* no such submodule"):
-        Scorer(model, head="head")
+        Scorer(model, BuilderOptions(head="head"))
 
 
-def test_what_follows_the_head_is_refused():
-    with pytest.raises(TypeError, match="output of its head 'to_vocab' unchanged"):
-        Scorer(Scaled().to(DEVICE)).hidden_states([PROMPT], [[0]])
+def test_what_follows_the_head_is_scored_or_refused():
+    with pytest.raises(TypeError, match="aten._softmax.default is not a function of"):
+        Scorer(Normed().to(DEVICE)).hidden_states([PROMPT], [[0]])
+    model = Capped().to(DEVICE).eval()
+    ids = PROMPT + SAMPLED
+    with torch.no_grad():
+        logits = model(torch.tensor([ids], device=DEVICE))["logits"][0]
+    rows = trainer_logprobs(model, ids)
+    torch.testing.assert_close(rows, logits.log_softmax(-1).cpu())
+    assert parity.compare(model, [an_output(model)]).all_equal
 
 
 def test_nothing_to_compare(model):

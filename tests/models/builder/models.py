@@ -114,16 +114,32 @@ def build_generic(config, parallel_context):
     return GenericTransformerForCausalLM(config, parallel_context)
 
 
-class ScaledGPT(PlainGPT):
+class BiasedGPT(PlainGPT):
     """Does something to the logits after the head."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("bias", torch.linspace(-1, 1, config.vocab_size), False)
+
+    def forward(self, idx, targets=None, pos=None):
+        logits = (super().forward(idx, pos) + self.bias).float()
+        return 5 * torch.tanh(logits / 5), None
+
+
+def build_biased(config):
+    return BiasedGPT(config)
+
+
+class SoftmaxGPT(PlainGPT):
+    """Returns something else than logits."""
+
     def forward(self, input_ids, positions):
-        return super().forward(input_ids, positions) * 2
+        return super().forward(input_ids, positions).softmax(-1)
 
 
 @model_builder(head="to_vocab", batched=True)
-def build_scaled(config):
-    return ScaledGPT(config)
+def build_softmax(config):
+    return SoftmaxGPT(config)
 
 
 class CappedGPT(PlainGPT):
@@ -144,6 +160,36 @@ class CappedGPT(PlainGPT):
 
 def build_capped(config):
     return CappedGPT(config)
+
+
+def attend_with_layers(model) -> None:
+    """Let a model of transformers attend with `TrainableAttention`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(module, q, k, v, attention_mask, **kwargs):
+        return module.trained(*(x.transpose(1, 2) for x in (q, k, v))), None
+
+    config = model.config
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.trained = TrainableAttention(
+            config.num_attention_heads,
+            attention.head_dim,
+            attention.scaling,
+            config.num_key_value_heads,
+            sliding_window=getattr(attention, "sliding_window", None),
+        )
+    ALL_ATTENTION_FUNCTIONS.register("trained", attend)
+    model.set_attn_implementation("trained")
+
+
+def build_gemma(config):
+    """As transformers defines it, but for attention."""
+    from transformers import Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(config)
+    attend_with_layers(model)
+    return model
 
 
 class ShiftedBlock(PlainBlock):

@@ -21,7 +21,6 @@ from vllm.model_executor.models.builder.head import find_head
 from vllm.model_executor.models.builder.interface import (
     check_takes_hidden_states,
     has_vllm_interface,
-    is_batched,
 )
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.parallel_context import ParallelContext
@@ -132,24 +131,6 @@ def test_the_head_is_ambiguous_or_missing():
         find_head(nn.ModuleDict({"z": nn.Linear(4, 4)}), None, SIZES, "b")
     with pytest.raises(ValueError, match="no such submodule; it has x, y"):
         find_head(two, "head", "b", SIZES)
-
-
-def test_the_layout_follows_the_signature():
-    class Packed(nn.Module):
-        def forward(self, input_ids, positions, cu_seqlens=None): ...
-
-    class Batched(nn.Module):
-        def forward(self, ids, at): ...
-
-    class IdsOnly(nn.Module):
-        def forward(self, ids): ...
-
-    assert is_batched(Packed(), None, "b") is False
-    assert is_batched(Packed(), True, "b") is True
-    assert is_batched(Batched(), None, "b") is True
-    assert is_batched(Batched(), False, "b") is False
-    with pytest.raises(TypeError, match="IdsOnly, built by b, cannot be called as"):
-        is_batched(IdsOnly(), None, "b")
 
 
 def test_half_an_engine_interface_is_refused():

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from tests.models.builder.models import PLAIN_FIELDS, CappedGPT, PlainGPT
 from vllm.model_executor.models.builder.body import Body
+from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.training import check_servable
 from vllm.training.parity.score import Scorer
 
@@ -59,7 +60,7 @@ def test_a_method_that_mixes_tokens_is_refused():
 
 def test_wrong_methods_are_refused():
     with pytest.raises(TypeError, match="names the head 'to_vocab', and CappedGPT has"):
-        Body(CappedGPT(CONFIG)).find_head("to_vocab", "The builder b")
+        Body(CappedGPT(CONFIG), BuilderOptions(head="to_vocab"), "b").find_head("b")
 
     class Tuple(CappedGPT):
         def hidden_states(self, input_ids, positions):

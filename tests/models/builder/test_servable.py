@@ -324,16 +324,16 @@ class LastOnly(Model):
         return self.lm_head(x[:, [-1]])
 
 
-class Scaled(Model):
+class Normed(Model):
     def forward(self, input_ids, positions):
-        return super().forward(input_ids, positions) * 2
+        return super().forward(input_ids, positions).softmax(-1)
 
 
 def test_what_the_head_gets_and_gives():
     with pytest.raises(ValueError, match=r"not the last alone \(x\[:, \[-1\]\]\)"):
         check_servable(LastOnly(), CONFIG)
-    with pytest.raises(TypeError, match="forward returned another Tensor"):
-        check_servable(Scaled(), CONFIG)
+    with pytest.raises(TypeError, match="aten._softmax.default is not a function of"):
+        check_servable(Normed(), CONFIG)
     with pytest.raises(TypeError, match="did not call the head"):
         check_servable(_with_spare_head(), CONFIG, head="spare")
     with pytest.raises(

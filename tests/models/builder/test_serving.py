@@ -10,20 +10,28 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from tests.models.builder.models import (
     GENERIC,
     PLAIN,
     PLAIN_FIELDS,
+    BiasedGPT,
     CappedGPT,
     assert_logprobs_agree_in_bf16,
     assert_trainer_agrees,
+    build_biased,
     build_capped,
+    build_gemma,
     build_generic,
     build_plain,
-    build_scaled,
     build_shifted,
+    build_softmax,
     greedy,
     save_generic,
     save_plain,
@@ -34,6 +42,23 @@ from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.models.builder.head import HeadTap
 
+GEMMA = dict(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=256,
+    sliding_window=16,
+    final_logit_softcapping=2.0,
+    attn_logit_softcapping=None,
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 PROMPTS = [[1, 2, 3], list(range(20, 90)), [7], [5, 6] * 20]
 
 
@@ -203,13 +228,36 @@ def test_parameter_names_are_those_of_the_built_module(make_llm, tmp_path):
     assert served == [name for name, _ in model.named_parameters()]
 
 
-def test_what_follows_the_head_is_refused(make_llm, tmp_path):
+def test_what_follows_the_head_is_applied_where_tokens_are_sampled(make_llm, tmp_path):
+    plain = save_plain(tmp_path)
+    model = BiasedGPT(PreTrainedConfig(**PLAIN_FIELDS))
+    model.load_state_dict(plain.state_dict())
+    ModelRegistry.register_model(PLAIN, build_biased)
+    llm = make_llm(tmp_path, enforce_eager=False)
+    assert_trainer_agrees(
+        lambda ids, places: model(ids, pos=places)[0], PROMPTS, greedy(llm, PROMPTS)
+    )
+
+
+def test_a_transformers_model_but_for_attention(make_llm, tmp_path):
+    """A capped head, tied to the embedding; `forward` as transformers wrote it."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**GEMMA)).eval()
+    model.save_pretrained(tmp_path)
+    ModelRegistry.register_model("Gemma2ForCausalLM", build_gemma)
+    llm = make_llm(tmp_path, enforce_eager=False)
+    (name,) = llm.apply_model(lambda served: type(served.module).__name__)
+    assert name == "Gemma2ForCausalLM"
+    assert_trainer_agrees(
+        lambda ids, places: model(ids).logits, PROMPTS, greedy(llm, PROMPTS)
+    )
+
+
+def test_what_cannot_be_repeated_after_the_head_is_refused(make_llm, tmp_path):
     save_plain(tmp_path)
-    ModelRegistry.register_model(PLAIN, build_scaled)
-    with pytest.raises(
-        TypeError, match="does not return the output of its head 'to_vocab'"
-    ):
-        make_llm(tmp_path, enforce_eager=False)
+    ModelRegistry.register_model(PLAIN, build_softmax)
+    with pytest.raises(TypeError, match="head 'to_vocab', or a function of each logit"):
+        make_llm(tmp_path)
 
 
 def test_a_model_that_mixes_tokens_is_refused_before_the_first_step(make_llm, tmp_path):
@@ -263,7 +311,11 @@ def test_what_vllm_cannot_add_to_a_built_model(make_llm, tmp_path, options, mess
             ValueError,
             "names the head 'head', but the module has no such submodule",
         ),
-        (lambda config: nn.Linear(2, 2), TypeError, "cannot be called as forward"),
+        (
+            lambda config: nn.MultiheadAttention(2, 1),
+            TypeError,
+            "cannot be called with token ids and positions: missing .* 'value'",
+        ),
     ],
 )
 def test_builders_that_fail(make_llm, tmp_path, build, error, message):

@@ -53,15 +53,16 @@ def check(
 
     Raises:
         TypeError: `llm` is not a `vllm.LLM`, `model` is not a module, a prompt is
-            neither text nor token ids, or the trainer changes its head's output.
+            neither text nor token ids, or the trainer changes its head's output by
+            more than a function of each logit.
         ValueError: Trainer and engine cannot be equal, or there is nothing to compare.
             The message names every reason and the setting to change.
     """
     known = refuse_incomparable(llm, model, full_vocab, localise)
     inputs = engine_prompts(llm, prompts)
-    if head is None and known.head in dict(model.named_modules()):
-        head = known.head
-    scorer = Scorer(model, known.batched, head)
+    if head is None and known.options.head in dict(model.named_modules()):
+        head = known.options.head
+    scorer = Scorer(model, replace(known.options, head=head))
     params = _sampling(max_tokens, temperature, full_vocab)
     outputs = llm.generate(inputs, params, use_tqdm=False)
     processed = llm.llm_engine.vllm_config.model_config.logprobs_mode != "raw_logprobs"

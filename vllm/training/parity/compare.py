@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.training.parity.report import Difference, ParityReport
 from vllm.training.parity.score import FULL_ROWS, Scorer
 
@@ -59,6 +60,7 @@ def compare(
     temperature: float = 1.0,
     batched: bool | None = None,
     head: str | None = None,
+    positions: str | None = None,
 ) -> ParityReport:
     """Compare the logprobs in an engine's outputs with the trainer's, bit for bit.
 
@@ -78,13 +80,16 @@ def compare(
         batched: Whether the model takes `[batch, seq]`; see `BuilderOptions.batched`.
         head: Path of the module that gives logits. Default: `lm_head`, else the only
             module, except for embeddings, with a weight of the embedding's shape.
+        positions: Name of the parameter for positions; see `BuilderOptions.positions`.
 
     Raises:
         ValueError: There is no token to compare, the outputs lack logprobs, or the
             model's head cannot be found.
-        TypeError: The model changes the output of its head.
+        TypeError: The model changes the output of its head by more than a function of
+            each logit.
     """
-    return compare_with(Scorer(model, batched, head), outputs, full_vocab, temperature)
+    scorer = Scorer(model, BuilderOptions(head, batched, positions=positions))
+    return compare_with(scorer, outputs, full_vocab, temperature)
 
 
 def compare_with(

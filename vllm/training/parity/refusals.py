@@ -17,6 +17,7 @@ from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.layers.training.linear import RowParallelLinear
 from vllm.model_executor.layers.training.self_check import AttentionShape
+from vllm.model_executor.models.builder.spec import BuilderOptions
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -40,14 +41,13 @@ class Comparable(NamedTuple):
         weights_note: why the weights of both are not known to be the same; empty if
             they are.
         next_step: what to look at if their tokens differ all the same.
-        head: path of the head in the engine; None if the engine does not know it.
-        batched: what the engine's builder says; see `BuilderOptions.batched`.
+        options: what the engine's builder says; the path of the head is that of the
+            engine, None if it does not know it.
     """
 
     weights_note: str
     next_step: str
-    head: str | None
-    batched: bool | None
+    options: BuilderOptions
 
 
 def refuse_incomparable(
@@ -84,7 +84,8 @@ def refuse_incomparable(
         listing = "".join(f"\n- {reason}" for reason in reasons)
         raise ValueError(f"Trainer and engine cannot be compared bit for bit:{listing}")
     step = _next_step(model, engine, localise)
-    return Comparable(note, step, engine["head"], engine["batched"])
+    said = {name: engine[name] for name in ("head", "batched", "positions")}
+    return Comparable(note, step, BuilderOptions(**said))
 
 
 def _check_kinds(llm: Any, model: Any) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,10 +13,7 @@ from torch import nn
 from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import full_logprobs, token_logprobs
 from vllm.model_executor.models.builder.body import Body
-from vllm.model_executor.models.builder.interface import (
-    call_module,
-    is_batched,
-)
+from vllm.model_executor.models.builder.spec import INFERRED, BuilderOptions
 
 # Tokens of one packed forward. More would be no faster.
 PACK = 16384
@@ -32,24 +28,22 @@ class Scorer:
     other gets one sequence at a time, shape = [1, seq].
 
     Args:
-        model: `forward(input_ids, positions)` gives logits, the output of its head.
-        batched: whether it wants `[batch, seq]`; see `BuilderOptions.batched`.
-        head: path of the head; None to look for it.
+        model: its forward gives logits for token ids and positions.
+        options: what was said of it.
+
+    Attributes:
+        head: gives its logits for hidden states, once they were computed.
     """
 
-    def __init__(
-        self, model: nn.Module, batched: bool | None = None, head: str | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, options: BuilderOptions = INFERRED) -> None:
         self.model = model
-        self.body = Body(model)
-        forward = self.body.module.forward
-        self.packed = "cu_seqlens" in inspect.signature(forward).parameters
-        self.batched = is_batched(self.body.module, batched, "the trainer")
+        self.body = Body(model, options, "the trainer")
         parameter = next(model.parameters(), None)
         if parameter is None:
             raise ValueError(f"{type(model).__name__} has no parameters to compare.")
         self.device = parameter.device
-        self.body.set_head(self.body.find_head(head, "parity"))
+        self.body.set_head(self.body.find_head("parity"))
+        self.head = self.body.head
 
     def hidden_states(
         self,
@@ -62,14 +56,15 @@ class Scorer:
             shape = [number of positions, hidden_size].
 
         Raises:
-            TypeError: the model changes the output of its head.
+            TypeError: the model changes the output of its head by more than a function
+                of each logit.
         """
         chosen = iter(positions)
         found = []
-        with _scoring(self.model), self.body.installed():
+        with _scoring(self.model):
             for pack in self._packs(sequences):
-                output = self._forward(pack)
-                self.body.check_output(output, "the trainer")
+                output, tail = self.body.traced(*self._tokens(pack))
+                self.head = self.body.head_with(tail)
                 rows = output.reshape(-1, output.shape[-1])
                 for states in rows.split([len(sequence) for sequence in pack]):
                     found.append(states[torch.tensor(list(next(chosen)))])
@@ -81,7 +76,7 @@ class Scorer:
         """fp32, shape = [num_tokens], on CPU."""
         with _scoring(self.model):
             return token_logprobs(
-                hidden_states, self.body.head, targets, temperature=temperature
+                hidden_states, self.head, targets, temperature=temperature
             ).cpu()
 
     def full_logprobs(
@@ -90,29 +85,29 @@ class Scorer:
         """fp32 rows, shape = [at most FULL_ROWS, vocab_size], on CPU."""
         for rows in hidden_states.split(FULL_ROWS):
             with _scoring(self.model):
-                logprobs = full_logprobs(rows, self.body.head, temperature=temperature)
+                logprobs = full_logprobs(rows, self.head, temperature=temperature)
             yield logprobs.cpu()
 
     def _packs(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
         pack: list[list[int]] = []
         for sequence in sequences:
             total = sum(map(len, pack)) + len(sequence)
-            if pack and (not self.packed or total > PACK):
+            if pack and (not self.body.convention.packed or total > PACK):
                 yield pack
                 pack = []
             pack.append(list(sequence))
         if pack:
             yield pack
 
-    def _forward(self, pack: list[list[int]]) -> torch.Tensor:
+    def _tokens(self, pack: list[list[int]]) -> tuple[torch.Tensor | None, ...]:
+        """Arguments of the model's call."""
         lengths = [len(sequence) for sequence in pack]
         ids = torch.tensor([i for each in pack for i in each], device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        if not self.packed:
-            return call_module(self.body.module, self.batched, ids, positions)
+        if not self.body.convention.packed:
+            return ids, positions
         bounds = torch.tensor([0, *lengths], device=self.device)
-        cu_seqlens = bounds.cumsum(0, dtype=torch.int32)
-        return self.body.module(ids, positions, cu_seqlens=cu_seqlens)
+        return ids, positions, None, bounds.cumsum(0, dtype=torch.int32)
 
 
 @contextmanager

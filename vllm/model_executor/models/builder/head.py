@@ -3,7 +3,7 @@
 """The head of a training-only module: finding it, and running the module without it."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,26 +15,29 @@ from vllm.model_executor.layers.training.embedding import VocabParallelEmbedding
 
 
 class HeadTap:
-    """Stands for a head while installed: returns its input and remembers it.
+    """Stands for a head while installed: remembers its input and returns a stand-in.
 
-    Neither the head's forward nor its hooks run then, so the module that calls it
-    returns hidden states and no logits are computed.
+    Neither the head's forward nor its hooks run then, so no logits are computed.
 
     Args:
         head: The head. Nothing changes before `install`.
 
     Attributes:
         hidden_states: What the head was last called with; None before.
+        stand_in: What the head returns, a function of what it is called with; None:
+            that itself.
     """
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
         self.hidden_states: torch.Tensor | None = None
+        self.stand_in: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._own: dict[str, Any] = {}
 
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        (self.hidden_states,) = (*args, *kwargs.values())
-        return self.hidden_states
+        (hidden_states,) = (*args, *kwargs.values())
+        self.hidden_states = hidden_states
+        return hidden_states if self.stand_in is None else self.stand_in(hidden_states)
 
     def install(self) -> None:
         """Take the place of the head's forward, hooks and compiled call."""
@@ -116,13 +119,38 @@ def find_head(
     ]
     if len(by_shape) == 1:
         return by_shape[0]
+    advice = (
+        "Compute the logits in a module, and call it lm_head or name it: "
+        "@model_builder(head='path'), and head='path' for parity.compare, "
+        "parity.check and check_servable."
+    )
+    embeddings = (
+        path
+        for path, part in modules.items()
+        if isinstance(part, EMBEDDINGS) and sizes == _weight_shape(part)
+    )
+    tied = next(embeddings, None)
+    if tied is not None and not by_name and not by_shape:
+        advice += _tying(tied, modules[tied])
     raise ValueError(
         f"{caller} cannot tell which submodule of {type(module).__name__} is the head, "
         f"which turns hidden states into logits: {by_name or 'none'} are called "
-        f"'lm_head', and {by_shape or 'none'} have a weight of shape {sizes}. Compute "
-        "the logits in a module, also where it uses the embedding's weight or scales "
-        "and caps them, and call it lm_head or name it: @model_builder(head='path'), "
-        "and head='path' for parity.compare, parity.check and check_servable."
+        f"'lm_head', and {by_shape or 'none'} have a weight of shape {sizes}. {advice}"
+    )
+
+
+def _tying(path: str, embedding: nn.Module) -> str:
+    """How to write a head that uses an embedding's weight."""
+    vocab_size, hidden_size = _weight_shape(embedding) or ()
+    head = f"nn.Linear({hidden_size}, {vocab_size}, bias=False)"
+    tied = f"self.lm_head.weight = self.{path}.weight"
+    if isinstance(embedding, VocabParallelEmbedding):
+        head = f"ParallelLMHead({vocab_size}, {hidden_size})"
+        tied = f"self.lm_head.tie_weights(self.{path})"
+    return (
+        f" If forward itself multiplies by the weight of {path!r}, as "
+        f"F.linear(x, self.{path}.weight) or x @ self.{path}.weight.T do, replace that "
+        f"by self.lm_head(x), with `self.lm_head = {head}` and `{tied}` in __init__."
     )
 
 

@@ -3,12 +3,9 @@
 """How the engine talks to the module that a builder has returned."""
 
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
-
-from vllm.model_executor.models.builder.head import HeadTap
 
 VLLM_INTERFACE = ("embed_input_ids", "forward", "compute_logits", "load_weights")
 
@@ -46,78 +43,6 @@ def check_takes_hidden_states(module: nn.Module, builder: str) -> None:
             "no parameter hidden_states, in which later pipeline stages are given "
             "what the stage before returned (None on the first stage)."
         )
-
-
-def is_batched(module: nn.Module, option: bool | None, builder: str) -> bool:
-    """Whether `module.forward` wants `[batch, seq]`; see `BuilderOptions.batched`.
-
-    Raises:
-        TypeError: `forward` cannot be called with `(input_ids, positions)`.
-    """
-    signature = inspect.signature(module.forward)
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise TypeError(
-            f"forward{signature} of {type(module).__name__}, built by {builder}, "
-            f"cannot be called as forward(input_ids, positions): {error}."
-        ) from error
-    return "cu_seqlens" not in signature.parameters if option is None else option
-
-
-def call_module(
-    module: nn.Module,
-    batched: bool,
-    input_ids: torch.Tensor | None,
-    positions: torch.Tensor,
-    hidden_states: torch.Tensor | None = None,
-) -> Any:
-    """Call a training-only module with packed tokens.
-
-    Args:
-        module: Its `forward` takes `(input_ids, positions)` and, on later pipeline
-            stages, `hidden_states`.
-        batched: Whether it wants `[1, num_tokens]`.
-        input_ids: shape = [num_tokens]; None on later pipeline stages.
-        positions: shape = [num_tokens].
-        hidden_states: What the stage before returned, shape = [num_tokens,
-            hidden_size]; None on the first stage.
-
-    Returns:
-        What it returned: a row for each token, batched if it is.
-    """
-    carried = {} if hidden_states is None else {"hidden_states": hidden_states}
-    if batched:
-        input_ids = None if input_ids is None else input_ids[None]
-        positions = positions[None]
-        carried = {name: tensor[None] for name, tensor in carried.items()}
-    return module(input_ids, positions, **carried)
-
-
-def check_head_output(output: Any, tap: HeadTap, head_path: str, builder: str) -> None:
-    """Refuse a module that changes what its head gives.
-
-    Args:
-        output: What the module returned while `tap` stood for its head.
-        tap: The head's.
-        head_path: The head's path.
-        builder: The builder's name, for messages.
-
-    Raises:
-        TypeError: The output is not that of the head.
-    """
-    if tap.hidden_states is not None and output is tap.hidden_states:
-        return
-    returned = f"forward returned another {type(output).__name__}"
-    if tap.hidden_states is None:
-        returned = "forward did not call the head"
-    raise TypeError(
-        f"forward of the module built by {builder} does not return the output of its "
-        f"head {head_path!r} unchanged: {returned}. So logits cannot be computed for "
-        "the sampled positions alone. Return only the head's output, move what follows "
-        "the head into the head module, or return a module with vLLM's interface "
-        f"({', '.join(VLLM_INTERFACE)})."
-    )
 
 
 def check_every_token(output: torch.Tensor, tokens: torch.Size, builder: str) -> None:

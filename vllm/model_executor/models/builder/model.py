@@ -22,13 +22,12 @@ from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
 from vllm.model_executor.models.builder.body import Body
 from vllm.model_executor.models.builder.config import tie_as_configured
+from vllm.model_executor.models.builder.convention import logits_of
 from vllm.model_executor.models.builder.interface import (
-    call_module,
     check_every_token,
     check_logits,
     check_takes_hidden_states,
     has_vllm_interface,
-    is_batched,
 )
 from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.builder.servable import check_in_engine
@@ -125,8 +124,7 @@ class BuiltModel(nn.Module):
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
         self.carried = (model_config.get_hidden_size(), torch.get_default_dtype())
-        self.body = Body(module)
-        self.batched = is_batched(self.body.module, options.batched, self.spec.name)
+        self.body = Body(module, options, self.spec.name)
         if context.pp_size > 1:
             check_takes_hidden_states(self.body.module, self.spec.name)
         refuse_changing_hooks(module)
@@ -137,7 +135,7 @@ class BuiltModel(nn.Module):
         if self.is_last_stage:
             sizes = (self.vocab_size, model_config.get_hidden_size())
             caller = f"The builder {self.spec.name}"
-            self.head_path = self.body.find_head(options.head, caller, sizes)
+            self.head_path = self.body.find_head(caller, sizes)
         # A model that gives embeddings has no use for logits, and vLLM leaves out its
         # own heads there; so the head stays a training layer, which is never called.
         is_pooling = model_config.runner_type == "pooling"
@@ -145,6 +143,8 @@ class BuiltModel(nn.Module):
         bind_engine_layers(module, vllm_config, prefix, head=engine_head)
         if self.is_last_stage:
             self.body.set_head(self.head_path)
+            if isinstance(self.body.head, vllm_internals.ParallelLMHead):
+                self.body.apply_head = self._apply_parallel_head
             self.body.install()
         object.__setattr__(
             self, "logits_processor", vllm_internals.LogitsProcessor(self.vocab_size)
@@ -190,22 +190,30 @@ class BuiltModel(nn.Module):
         carried = None
         if intermediate_tensors is not None:
             carried = intermediate_tensors["hidden_states"]
-        output = call_module(
-            self.body.module, self.batched, input_ids, positions, carried
-        )
-        tokens = positions.shape
-        self._check_output(output, torch.Size((1, *tokens)) if self.batched else tokens)
-        hidden_states = output[0] if self.batched else output
+        output = self.body.call(input_ids, positions, carried)
+        batched = self.body.convention.batched
+        tokens = torch.Size((1, *positions.shape)) if batched else positions.shape
+        rows = self.received(output, tokens)
+        rows = rows[0] if batched else rows
         if self.is_last_stage:
-            return hidden_states
-        return vllm_internals.IntermediateTensors({"hidden_states": hidden_states})
+            return rows
+        return vllm_internals.IntermediateTensors({"hidden_states": rows})
 
-    def _check_output(self, output: Any, tokens: torch.Size) -> None:
-        """Refuse what is not the input of the head, or of the next stage."""
+    def received(self, output: Any, tokens: torch.Size) -> torch.Tensor:
+        """What the head, or the next stage, receives.
+
+        Args:
+            output: What the module returned.
+            tokens: Shape of the tokens that it was called with.
+
+        Raises:
+            TypeError: It cannot be served so.
+        """
         if self.is_last_stage:
-            self.body.check_output(output, self.spec.name)
-            return
-        self._check_carried(output, torch.Size((*tokens, self.carried[0])))
+            return self.body.hidden_states(output)
+        hidden_states = logits_of(output)
+        self._check_carried(hidden_states, torch.Size((*tokens, self.carried[0])))
+        return hidden_states
 
     def _check_carried(self, output: Any, shape: torch.Size) -> None:
         """Refuse what the next stage would not receive as it is."""
@@ -229,12 +237,15 @@ class BuiltModel(nn.Module):
         Args:
             hidden_states: shape = [num_tokens, hidden_size].
         """
-        head = self.body.head
-        if isinstance(head, vllm_internals.ParallelLMHead):
-            return self.logits_processor(head, hidden_states, head.bias)
         logits = self.body.logits(hidden_states)
+        if logits is None or not uses_samplers_kernels(logits):
+            return logits
         # The sampler's kernels sum up a row in an order that depends on its alignment.
-        return aligned_rows(logits) if uses_samplers_kernels(logits) else logits
+        return aligned_rows(logits)
+
+    def _apply_parallel_head(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        head = self.body.head
+        return self.logits_processor(head, hidden_states, head.bias)
 
     def process_weights_after_loading(self) -> None:
         """Check with the weights in place that the model is served as it was trained.
@@ -243,17 +254,16 @@ class BuiltModel(nn.Module):
         """
         check_in_engine(self)
 
-    def check_output(self, output: Any, tokens: torch.Size) -> None:
-        """Refuse what the head, for every token, or the next stage would not receive.
+    def check_rows(self, rows: torch.Tensor, tokens: torch.Size) -> None:
+        """Refuse what is not hidden states of every token, or gives other logits.
 
         Args:
-            output: What the module returned.
-            tokens: Shape of the tokens that it was called with.
+            rows: What `received` returned.
+            tokens: Shape of the tokens that the module was called with.
         """
-        self._check_output(output, tokens)
         if self.is_last_stage:
-            check_every_token(output, tokens, self.spec.name)
-            logits = self.compute_logits(output.flatten(0, -2)[:1])
+            check_every_token(rows, tokens, self.spec.name)
+            logits = self.compute_logits(rows.flatten(0, -2)[:1])
             check_logits(logits, self.vocab_size, self.body.head_path, self.spec.name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

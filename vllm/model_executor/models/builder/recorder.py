@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor.checkpoint.fingerprint import row_fingerprints
+from vllm.model_executor.models.builder.tail import TracedLogits
 
 Key = tuple[str, int, int]
 
@@ -43,7 +44,8 @@ class ModuleRecorder:
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # Later pipeline stages need no ids.
         of_tokens = (*args, *kwargs.values())
-        self.num_tokens = next(x.numel() for x in of_tokens if x is not None)
+        tensors = (x for x in of_tokens if isinstance(x, torch.Tensor))
+        self.num_tokens = next(tensors).numel()
         self.calls.clear()
 
     def record(self, path: str, output: Any) -> None:
@@ -90,5 +92,6 @@ class _RecordOutput:
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
     outputs = output if isinstance(output, tuple | list) else (output,)
     for each in outputs:
-        if isinstance(each, torch.Tensor) and each.numel():
+        is_traced = isinstance(each, TracedLogits)
+        if isinstance(each, torch.Tensor) and each.numel() and not is_traced:
             yield each

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vllm.model_executor import vllm_internals
 from vllm.model_executor.layers.training.embedding import VocabParallelEmbedding
+from vllm.model_executor.models.builder.tail import TracedLogits
 
 # Integers are compared where they are looked up. Elsewhere they may count rows, as the
 # places of tokens in an expert's queue do, without an effect on any result.
@@ -131,7 +132,7 @@ def watching(module: nn.Module, num_tokens: int, visit: Visit) -> Iterator[list[
 
 def token_dim(value: Any, num_tokens: int) -> int | None:
     """The only dim of a tensor that has `num_tokens` elements."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or isinstance(value, TracedLogits):
         return None
     dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
     return dims[0] if len(dims) == 1 else None

@@ -9,6 +9,8 @@ forwards of a dozen tokens show that, in which each layer with state computes a 
 of each row by itself (`TrainingLayer.row_wise`).
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,10 +29,8 @@ from vllm.model_executor.layers.training.base import TrainingLayer
 from vllm.model_executor.models.builder.agreement import others
 from vllm.model_executor.models.builder.body import Body
 from vllm.model_executor.models.builder.interface import (
-    call_module,
     check_every_token,
     check_logits,
-    is_batched,
 )
 from vllm.model_executor.models.builder.rows import (
     LOOKUPS,
@@ -41,6 +41,7 @@ from vllm.model_executor.models.builder.rows import (
     same,
     watching,
 )
+from vllm.model_executor.models.builder.spec import BuilderOptions
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.builder.model import BuiltModel
@@ -127,6 +128,7 @@ def check_servable(
     head: str | None = None,
     batched: bool | None = None,
     uses_positions: bool = True,
+    positions: str | None = None,
 ) -> None:
     """Check that vLLM would serve a training-only module as it is trained.
 
@@ -142,6 +144,7 @@ def check_servable(
         head: See `BuilderOptions.head`.
         batched: See `BuilderOptions.batched`.
         uses_positions: See `BuilderOptions.uses_positions`. False: no warning.
+        positions: See `BuilderOptions.positions`.
 
     Raises:
         ValueError: The engine would not compute what the trainer computes: a token's
@@ -151,22 +154,23 @@ def check_servable(
             names every reason and its module. If positions have no effect, a warning
             is logged instead.
         TypeError: `forward` cannot be called as the engine calls it, or does not return
-            the output of the head.
+            the output of the head or a function of each of its logits.
     """
     name = type(module).__name__
     text_config = (
         config.get_text_config() if hasattr(config, "get_text_config") else config
     )
-    body = Body(module)
-    layout = is_batched(body.module, batched, name)
+    options = BuilderOptions(head, batched, positions=positions)
+    body = Body(module, options, name)
     vocab_size = text_config.vocab_size
     sizes = (vocab_size, text_config.hidden_size)
-    body.set_head(body.find_head(head, "check_servable", sizes))
+    body.set_head(body.find_head("check_servable", sizes))
 
-    def check_output(output: Any, tokens: torch.Size) -> None:
-        body.check_output(output, name)
-        check_every_token(output, tokens, name)
-        check_logits(body.logits(output), vocab_size, body.head_path, name)
+    def received(output: Any, tokens: torch.Size) -> torch.Tensor:
+        rows = body.hidden_states(output)
+        check_every_token(rows, tokens, name)
+        check_logits(body.logits(rows), vocab_size, body.head_path, name)
+        return rows
 
     training = [layer for layer in module.modules() if layer.training]
     module.eval()
@@ -174,11 +178,10 @@ def check_servable(
         with body.installed():
             findings = probe(
                 body,
-                layout,
                 vocab_size,
                 getattr(text_config, "max_position_embeddings", None) or 2048,
                 next(module.parameters()).device,
-                check_output,
+                received,
             )
     finally:
         for layer in training:
@@ -210,14 +213,19 @@ def check_in_engine(model: "BuiltModel") -> None:
         return
     module.eval()
     device = torch.device(vllm_internals.current_platform.device_type)
+
+    def received(output: Any, tokens: torch.Size) -> torch.Tensor:
+        rows = model.received(output, tokens)
+        model.check_rows(rows, tokens)
+        return rows
+
     with vllm_internals.set_forward_context(None, model.vllm_config):
         findings = probe(
             model.body,
-            model.batched,
             model.vocab_size,
             model.vllm_config.model_config.max_model_len,
             device,
-            model.check_output,
+            received,
             None if model.is_first_stage else model.carried,
         )
     for _, theirs in others("tp", findings):
@@ -228,6 +236,8 @@ def check_in_engine(model: "BuiltModel") -> None:
     for stage, theirs in stages:
         findings = findings.joined(theirs.on_stage(stage))
     judge(findings, model.spec.options.uses_positions, name)
+    if model.body.tail is not None and model.body.tail.steps:
+        logger.info("%s: after the head follow %s.", name, model.body.tail)
     seconds = time.perf_counter() - started
     logger.info(
         "%s: each token's row depends on its id, its position and %d attention layers "
@@ -251,9 +261,9 @@ def judge(findings: Findings, uses_positions: bool, name: str) -> None:
     by_itself = findings.encodes_positions or not uses_positions
     if findings.positions_matter is False and not by_itself:
         notes.append(
-            "forward(input_ids, positions) does not use positions: other ones change "
-            "nothing. So tokens are served without a position encoding. If that is "
-            "meant, say @model_builder(uses_positions=False)."
+            "forward does not use positions: other ones change nothing. So tokens are "
+            "served without a position encoding. If that is meant, say "
+            "@model_builder(uses_positions=False)."
         )
     for note in notes:
         logger.warning("%s: %s", name, note)
@@ -264,23 +274,21 @@ def judge(findings: Findings, uses_positions: bool, name: str) -> None:
 
 def probe(
     body: Body,
-    batched: bool,
     vocab_size: int,
     max_positions: int,
     device: torch.device,
-    check_output: Callable[[Any, torch.Size], None],
+    received: Callable[[Any, torch.Size], torch.Tensor],
     carried: tuple[int, torch.dtype] | None = None,
 ) -> Findings:
     """Run a training-only module, in evaluation mode, and compare rows.
 
     Args:
-        body: The module, without its head.
-        batched: Whether it wants `[1, num_tokens]`.
+        body: The module, without its head. Its tail is found.
         vocab_size: Token ids are below it.
         max_positions: Positions are below it.
         device: Where the module's inputs are.
-        check_output: Called with what the module returned, and the shape of its input's
-            tokens.
+        received: Gives what the head, or the next stage, receives. Called with what the
+            module returned, and the shape of its input's tokens.
         carried: Width and dtype of the hidden states of a later pipeline stage.
     """
     module = body.module
@@ -294,16 +302,15 @@ def probe(
     recording = Recording()
     notes: list[str] = []
 
-    def call(called: nn.Module, batch: Batch) -> Any:
+    def tokens_of(batch: Batch) -> tuple[torch.Tensor | None, ...]:
         ids = None if carried else batch.input_ids
-        states = batch.hidden_states
-        return call_module(called, batched, ids, batch.positions, states)
+        return ids, batch.positions, batch.hidden_states
 
     def run(batch: Batch, visit: Visit, callers: _Callers | None = None) -> Any:
         with watching(module, count, visit) as running, callers or nullcontext():
             if callers:
                 callers.running = running
-            return call(module, batch)
+            return body.call(*tokens_of(batch))
 
     def compare(
         batch: Batch, rows: torch.Tensor, recorded: torch.Tensor, poison: bool = False
@@ -312,18 +319,22 @@ def probe(
         run(batch, comparison.visit)
         return comparison.differing
 
+    with _quietly(device), _row_wise(layers):
+        # Another number of tokens, on which nothing may depend.
+        body.find_tail(tokens_of(first), tokens_of(second.rows(every[1:])))
     with _quietly(device), _row_wise(layers) as stand_ins:
-        callers = _Callers()
+        callers = _Callers(body.convention.positions)
         output = run(first, recording.visit, callers)
         tokens = first.positions.shape
-        check_output(output, torch.Size((1, *tokens)) if batched else tokens)
+        tokens = torch.Size((1, *tokens)) if body.convention.batched else tokens
+        states = received(output, tokens)
         problems = _miscalled(stand_ins)
         random = compare(first, every, every)
         if random:
             problems += _describe(module, random, _RANDOM)
             return _findings(problems, notes, layers, None)
         try:
-            difference = body.difference(lambda called: call(called, first), output)
+            difference = body.difference(tokens_of(first), states)
             problems += [difference] if difference else []
         except Exception as error:
             notes.append(
@@ -346,10 +357,11 @@ def probe(
     by_design = [sight for sight in mixing if _is_quantised(sight.module)]
     notes += _describe(module, by_design[:1], _QUANTISED)
     mixing = [sight for sight in mixing if not _is_quantised(sight.module)]
-    problems += _describe(module, mixing, _MIXED, callers.functions)
+    problems += _describe(module, mixing, _MIXED, callers.attention, _NO_STATE)
     known = {sight.owner for sight in mixing + by_design}
     moved = [sight for sight in moved if sight.owner not in known]
-    problems += _describe(module, moved, _MOVED)
+    take = _take_positions(body.convention.positions)
+    problems += _describe(module, moved, _MOVED, callers.counted, take)
     matter: bool | None = changes.found
     if not matter and (changes.blank or max_positions < 2):
         matter = None
@@ -367,8 +379,7 @@ _MIXED = (
 )
 _MOVED = (
     "{owner} makes a token's row depend on its place in the batch: {place} does not "
-    "follow when tokens are permuted together with their positions. Take the positions "
-    "from the argument `positions`; do not count them."
+    "follow when tokens are permuted together with their positions. {advice}"
 )
 _QUANTISED = (
     "{owner} quantises the activations of all tokens of a step together: {place} "
@@ -388,7 +399,8 @@ def _describe(
     module: nn.Module,
     sights: Sequence[Sight],
     text: str,
-    callers: Mapping[str, str] = MappingProxyType({}),
+    advice: Mapping[str, str] = MappingProxyType({}),
+    otherwise: str = "",
 ) -> list[str]:
     """One sentence for each module that is to blame, at the first place it shows."""
     found: dict[str, str] = {}
@@ -398,13 +410,13 @@ def _describe(
         where = "its output"
         if place.side == "input":
             where = f"what it passes to {place.path!r}"
-        advice = _NO_STATE
-        if owner in callers:
-            advice = _USE_ATTENTION.format(function=callers[owner])
         named = f"{owner!r}" if owner else "The model itself"
         named += f" ({type(module.get_submodule(owner)).__name__})"
         found.setdefault(
-            owner, text.format(owner=named, place=where, advice=advice).strip()
+            owner,
+            text.format(
+                owner=named, place=where, advice=advice.get(owner, otherwise)
+            ).strip(),
         )
     return list(found.values())
 
@@ -534,25 +546,53 @@ def _row_wise(layers: dict[str, TrainingLayer]) -> Iterator[dict[str, _StandIn]]
 
 
 class _Callers(TorchFunctionMode):
-    """Notes which modules call torch's attention.
+    """Notes which modules call torch's attention, or count.
 
     Attributes:
         running: The paths of the modules that are running, outermost first.
-        functions: The function's name, by the path of the module that called it.
+        attention: What to do in a module that calls torch's attention, by its path.
+        counted: What to do in a module that calls `torch.arange`, by its path.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, positions: str | None) -> None:
         super().__init__()
         self.running: list[str] = []
-        self.functions: dict[str, str] = {}
+        self.attention: dict[str, str] = {}
+        self.counted: dict[str, str] = {}
+        self._advice = _take_positions(positions)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in ATTENTION and self.running:
-            self.functions[self.running[-1]] = name
+            advice = _USE_ATTENTION.format(function=name)
+            self.attention[self.running[-1]] = advice
+        if func is torch.arange and self.running:
+            line = f" It counts with torch.arange in {_line_of_caller()}."
+            self.counted[self.running[-1]] = self._advice + line
         return func(*args, **(kwargs or {}))
+
+
+def _take_positions(parameter: str | None) -> str:
+    """What to do in place of counting positions."""
+    if parameter is not None:
+        return f"Take the positions from the argument `{parameter}`; do not count them."
+    return (
+        "forward is given no positions: give it a parameter `positions`, or say which "
+        "one it is (@model_builder(positions='name')), and do not count them."
+    )
+
+
+def _line_of_caller() -> str:
+    """File and line of the first caller that is not torch or this module."""
+    frame = sys._getframe(1)
+    here, torchs = frame.f_code.co_filename, os.path.dirname(torch.__file__)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename == here or frame.f_code.co_filename.startswith(torchs)
+    ):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
 
 
 class _Changes:

@@ -42,12 +42,20 @@ class BuilderOptions:
             all but the last.
         uses_positions: Whether the model uses `positions`. False for a model without a
             position encoding; the startup check then logs no warning.
+        positions: Name of the parameter of `forward` that takes positions. Default: one
+            called `positions`, `position_ids`, `input_pos`, `pos` or `pos_ids`, else
+            the second if it has no default.
     """
 
     head: str | None = None
     batched: bool | None = None
     supports_pp: bool = False
     uses_positions: bool = True
+    positions: str | None = None
+
+
+INFERRED = BuilderOptions()
+"""Of a module of which nothing was said."""
 
 
 def model_builder(
@@ -57,6 +65,7 @@ def model_builder(
     batched: bool | None = None,
     supports_pp: bool = False,
     uses_positions: bool = True,
+    positions: str | None = None,
 ) -> Any:
     """Attach to a builder what cannot be inferred from the module it returns.
 
@@ -68,7 +77,7 @@ def model_builder(
     """
 
     def attach(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        options = BuilderOptions(head, batched, supports_pp, uses_positions)
+        options = BuilderOptions(head, batched, supports_pp, uses_positions, positions)
         setattr(build, _OPTIONS, options)
         return build
 
@@ -88,7 +97,7 @@ def builder_options(target: Any) -> BuilderOptions:
     """The options that `model_builder` attached, through `functools.partial`."""
     while isinstance(target, functools.partial) and not hasattr(target, _OPTIONS):
         target = target.func
-    return getattr(target, _OPTIONS, BuilderOptions())
+    return getattr(target, _OPTIONS, INFERRED)
 
 
 def match_parameters(target: Callable[..., nn.Module]) -> dict[str, str]:

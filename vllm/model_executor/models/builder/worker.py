@@ -59,7 +59,7 @@ def describe(worker: Any) -> dict[str, Any]:
         weights_missing: names of this stage's tensors that were never loaded.
         head: path of the head, on the last pipeline stage; None of a model that says
             itself what its logits are.
-        batched: what the builder says of [batch, seq]; see `BuilderOptions.batched`.
+        batched, positions: what the builder says of them; see `BuilderOptions`.
     """
     device = worker.device
     is_cuda = device.type == "cuda"
@@ -86,6 +86,7 @@ def describe(worker: Any) -> dict[str, Any]:
         "weights_missing": recorded.never_loaded() if recorded else [],
         "head": getattr(model, "head_path", None),
         "batched": spec.options.batched if spec else None,
+        "positions": spec.options.positions if spec else None,
     }
 
 
