@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a trainer imports from vLLM: set-up, sharding, checkpoints, parity."""
+"""What a trainer imports from vLLM: set-up, sharding, checkpoints, logprobs, parity."""
 
 import importlib
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "save_checkpoint",
     "save_state",
     "sharding",
+    "token_logprobs",
 ]
 
 
@@ -37,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from vllm.model_executor.models.builder.servable import check_servable
 
         return check_servable
+    if name == "token_logprobs":
+        from vllm.training.logprobs import token_logprobs
+
+        return token_logprobs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

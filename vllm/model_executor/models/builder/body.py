@@ -22,7 +22,10 @@ from vllm.model_executor.models.builder.convention import (
     logits_of,
 )
 from vllm.model_executor.models.builder.head import HeadTap, find_head
-from vllm.model_executor.models.builder.interface import VLLM_INTERFACE
+from vllm.model_executor.models.builder.interface import (
+    VLLM_INTERFACE,
+    check_every_token,
+)
 from vllm.model_executor.models.builder.rows import close
 from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.model_executor.models.builder.tail import (
@@ -214,11 +217,14 @@ class Body:
 
         Raises:
             TypeError: That cannot be repeated.
+            ValueError: The head was not given every token.
         """
-        if self._tap is None:
-            return Traced(self._checked(self.call(*tokens)), Tail(self._whole))
         with self.installed():
-            return self._traced(*tokens)
+            traced = self._traced(*tokens)
+        if not getattr(self.head, "sequence_parallel", False):
+            shape = self.convention.shape_of(tokens[1])
+            check_every_token(traced.hidden_states, shape, self._caller)
+        return traced
 
     def head_with(self, tail: Tail) -> nn.Module:
         """A module that turns hidden states into the model's logits."""
@@ -251,7 +257,8 @@ class Body:
 
     def _traced(self, *tokens: Any) -> Traced:
         tap = self._tap
-        assert tap is not None
+        if tap is None:
+            return Traced(self._checked(self.call(*tokens)), Tail(self._whole))
         before, tap.stand_in = tap.stand_in, self._stand_in
         try:
             output = self.call(*tokens)

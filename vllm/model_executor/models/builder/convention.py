@@ -165,6 +165,11 @@ class CallingConvention(NamedTuple):
         args, kwargs = self._arguments(input_ids, positions)
         return module(*args, **kwargs, **given)
 
+    def shape_of(self, positions: torch.Tensor) -> torch.Size:
+        """Shape of the tokens that `call` passes to the module."""
+        is_row = self.batched and positions.ndim == 1
+        return torch.Size((1, *positions.shape)) if is_row else positions.shape
+
 
 def _is_second(parameters: list[inspect.Parameter], name: str) -> bool:
     """Whether a parameter can be passed as the second positional argument."""

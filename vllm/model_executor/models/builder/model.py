@@ -191,10 +191,9 @@ class BuiltModel(nn.Module):
         if intermediate_tensors is not None:
             carried = intermediate_tensors["hidden_states"]
         output = self.body.call(input_ids, positions, carried)
-        batched = self.body.convention.batched
-        tokens = torch.Size((1, *positions.shape)) if batched else positions.shape
-        rows = self.received(output, tokens)
-        rows = rows[0] if batched else rows
+        convention = self.body.convention
+        rows = self.received(output, convention.shape_of(positions))
+        rows = rows[0] if convention.batched else rows
         if self.is_last_stage:
             return rows
         return vllm_internals.IntermediateTensors({"hidden_states": rows})

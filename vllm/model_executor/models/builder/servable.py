@@ -325,9 +325,7 @@ def probe(
     with _quietly(device), _row_wise(layers) as stand_ins:
         callers = _Callers(body.convention.positions)
         output = run(first, recording.visit, callers)
-        tokens = first.positions.shape
-        tokens = torch.Size((1, *tokens)) if body.convention.batched else tokens
-        states = received(output, tokens)
+        states = received(output, body.convention.shape_of(first.positions))
         problems = _miscalled(stand_ins)
         random = compare(first, every, every)
         if random:
