@@ -29,6 +29,7 @@ from tests.models.builder.models import (
     PlainGPT,
     attend_with_layers,
 )
+from vllm.model_executor.determinism.mode import batch_invariant
 from vllm.model_executor.layers.training import VocabParallelEmbedding
 from vllm.model_executor.models.builder import BuilderOptions, model_builder
 from vllm.model_executor.models.builder.body import Body
@@ -227,7 +228,8 @@ TAILS = [
     lambda model, logits: (logits + model.bias)[:, slice(-0, None), :],
     lambda model, logits: logits.masked_fill(model.mask, -torch.inf),
     lambda model, logits: torch.where(model.mask, model.scale, logits),
-    lambda model, logits: logits.flatten(0, 1).sigmoid().view_as(logits).log(),
+    lambda model, logits: logits.flatten(0, 1).sigmoid().view_as(logits),
+    lambda model, logits: -F.softplus(-logits),
     in_place,
     with_other_results,
 ]
@@ -254,6 +256,16 @@ def test_what_follows_the_head_is_repeated_bit_for_bit(tail, dtype):
             assert len(found.steps) > 0
             assert logits.dtype == expected.dtype and torch.equal(logits, expected)
             torch.testing.assert_close(rows, expected.flatten(0, 1)[3:5])
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_do_not_depend_on_the_batch_in_batch_invariant_mode(tail):
+    _, found = body_of(Tailed(tail)).traced(IDS, PLACES)
+    logits = 20 * torch.randn(64, CONFIG.vocab_size)
+    with batch_invariant(), torch.no_grad():
+        whole = found(logits)
+        for rows in (slice(0, 1), slice(5, 8), slice(31, 64)):
+            assert torch.equal(found(logits[rows]), whole[rows])
 
 
 def test_hidden_states_are_freed_at_once():

@@ -23,6 +23,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.pointwise import EXACT, on_whole_vectors
+
 # Ops of one logit each that torch does not tag as such.
 POINTWISE = (torch.ops.aten._to_copy.default,)
 # Views that are not tagged as such.
@@ -57,9 +60,9 @@ class Step(NamedTuple):
 class Tail:
     """A function of each logit, as a list of ops of the module's own.
 
-    It computes what the module computes, op by op, so results are bitwise identical.
-    Parameters are looked up when it is called. Two tails are equal if they have the
-    same steps.
+    It computes what the module computes, op by op, so results are bitwise identical. In
+    batch-invariant mode rows do not depend on the batch. Parameters are looked up when
+    it is called. Two tails are equal if they have the same steps.
 
     Attributes:
         module: Whose parameters and buffers are used.
@@ -96,7 +99,7 @@ class Tail:
                 return values[each.number] if type(each) is Value else each
 
             args, kwargs = _mapped(step, lambda x: self._stored(given(x)))
-            values[number + 1] = step.op(*args, **kwargs)
+            values[number + 1] = _computed(step.op, args, kwargs)
             for each in _values(step):
                 if last[each.number] == number:
                     values.pop(each.number, None)
@@ -109,6 +112,16 @@ class Tail:
         tensor = getattr(self.module.get_submodule(path), name)
         # A dim of one token in front would add a dim to logits of many.
         return tensor.flatten() if tensor.ndim > 1 else tensor
+
+
+def _computed(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> torch.Tensor:
+    """The result of an op; in batch-invariant mode its rows do not depend on others."""
+    is_exact = op._schema.name.removeprefix("aten::") in EXACT and "alpha" not in kwargs
+    if is_batch_invariant() and not is_exact and op not in POINTWISE:
+        result = on_whole_vectors(op, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    return op(*args, **kwargs)
 
 
 def _is_leaf(value: Any) -> bool:
