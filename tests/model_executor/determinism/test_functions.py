@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from vllm.model_executor.determinism import batched_matmul
 from vllm.model_executor.determinism.functions import (
     _BY_FUNCTION,
     _BY_NAME,
@@ -214,6 +215,16 @@ def test_an_element_of_a_batch_does_not_depend_on_the_others(name, dtype):
         assert torch.equal(function(x[first:last]), whole[first:last]), (first, last)
 
 
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("products", [1, 100, 1000])
+def test_blocks_of_a_batched_product_change_no_bit(products, monkeypatch):
+    a = torch.randn(5, 7, WIDTH, device=DEVICE)
+    b = torch.randn(5, WIDTH, 3, device=DEVICE)
+    expected = a @ b
+    monkeypatch.setattr(batched_matmul, "_PRODUCTS", products)
+    assert torch.equal(a @ b, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", {**FUNCTIONS_OF_ROWS, **BATCHED})
 def test_results_and_gradients_are_as_accurate_as_torchs(name, dtype):
@@ -362,6 +373,21 @@ def test_all_forms_of_a_function_are_replaced():
     assert forms <= set(_BY_FUNCTION)
 
 
+def test_rows_that_are_added_on_cpu_keep_their_order():
+    """Each token gets the results of its experts in the order of the experts."""
+    x = rows_of(torch.float32, 3 * 700).cpu().view(3, 700, WIDTH)
+
+    def forward(x):
+        expert, token = (x[..., 0] > -1).nonzero().unbind(1)
+        total = torch.zeros(x.shape[1:])
+        return total.index_add_(0, token, x[expert, token])
+
+    whole = forward(x)
+    for first, last in ((0, 1), (7, 10), (100, 137)):
+        assert torch.equal(forward(x[:, first:last]), whole[first:last])
+    assert unknown(forward, x) == []
+
+
 def unknown(function, *args):
     found = []
     with UnknownFunctions(lambda *names: found.append(names)):
@@ -400,7 +426,11 @@ def test_functions_that_copy_compare_or_round_once_are_known():
             "convolution",
         ),
         (lambda x: torch.fft.rfft(x), "fft_rfft", "_fft_r2c"),
-        (lambda x: x.index_add(0, x[:, 0].long() * 0, x), "index_add", "index_add"),
+        (
+            lambda x: x.scatter_add(0, x[:, :1].long() * 0, x),
+            "scatter_add",
+            "scatter_add",
+        ),
         (lambda x: x.double() @ x.double().T, "matmul", "mm"),
         (lambda x: torch.cdist(x, x), "cdist", "_cdist_forward"),
         (lambda x: x.cumprod(-1), "cumprod", "cumprod"),

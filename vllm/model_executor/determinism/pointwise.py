@@ -97,7 +97,9 @@ def on_whole_vectors(
         return NotImplemented
     # A tensor without dims has its own rule of type promotion, so it stays one.
     shaped = [t for t in tensors if t.ndim] or tensors
-    shape = torch.broadcast_shapes(*(t.shape for t in shaped))
+    shape = shaped[0].shape
+    if any(t.shape != shape for t in shaped):
+        shape = torch.broadcast_shapes(*(t.shape for t in shaped))
     size = shape.numel()
     length = _whole(size, func.__name__)
     if length == size and all(t.shape == shape and t.is_contiguous() for t in shaped):
@@ -125,7 +127,7 @@ def on_whole_vectors_if_inexact(
     """`on_whole_vectors`; NotImplemented if the result is rounded once."""
     if "alpha" in kwargs:
         return on_whole_vectors(func, args, kwargs)
-    for value in (*args, *kwargs.values()):
+    for value in args:
         if isinstance(value, torch.Tensor) and value.is_complex():
             return on_whole_vectors(func, args, kwargs)
     return NotImplemented

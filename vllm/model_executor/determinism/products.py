@@ -7,10 +7,8 @@ number of dims and on K alone, never on a size that may be the number of tokens:
 
 - a matrix on one side: the linear of the mode, whose bits depend on the row and on the
   row of the weight alone;
-- batches on both sides: the batched linear;
+- batches on both sides: the batched product;
 - K = 1: there is nothing to add up, so it is an elementwise product.
-
-A batch on CPU takes some host time for each of its elements.
 
 What is neither fp32, bf16 nor fp16 is left to torch: the result is NotImplemented.
 """
@@ -22,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from vllm.model_executor.determinism.linear.batched import batched_linear
+from vllm.model_executor.determinism.batched_matmul import batched_matmul
 from vllm.model_executor.determinism.linear.op import linear as in_order_linear
 from vllm.model_executor.determinism.row_sum import row_sum
 from vllm.model_executor.op_library import KERNEL_DTYPES, autocast_dtype
@@ -234,11 +232,10 @@ def _matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if input.ndim == 2:
         return _linear(other.mT, input).mT
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
-    x = input.expand(*batch, *input.shape[-2:]).flatten(0, -3)
-    weight = _with_two_rows(other.mT)
-    weight = weight.expand(*batch, *weight.shape[-2:]).flatten(0, -3)
-    product = batched_linear(x, weight).unflatten(0, batch)
-    return product[..., :1] if other.shape[-1] == 1 else product
+    input, other = (
+        x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (input, other)
+    )
+    return batched_matmul(input, other).unflatten(0, batch)
 
 
 def _linear(
@@ -246,15 +243,9 @@ def _linear(
 ) -> torch.Tensor:
     if weight.shape[0] != 1:
         return in_order_linear(x, weight, bias)
+    # One row of a weight is multiplied in an order of its own, so it becomes two.
     bias = None if bias is None else bias.expand(2)
-    return in_order_linear(x, _with_two_rows(weight), bias)[..., :1]
-
-
-def _with_two_rows(weight: torch.Tensor) -> torch.Tensor:
-    """A weight of one row twice: some kernels multiply it in an order of its own."""
-    if weight.shape[-2] != 1:
-        return weight
-    return weight.expand(*weight.shape[:-2], 2, weight.shape[-1])
+    return in_order_linear(x, weight.expand(2, -1), bias)[..., :1]
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Each element of such an op's result is
 
 - copied or chosen, as by views, indexing, sorting and maxima;
 - an elementwise function, by one rounding or by a kernel that treats elements alike;
-- an integer or a truth value, which is not rounded;
+- an integer, a count or a truth value, which is not rounded;
 - or the work of an op of this project, or of torch's layer norm, which reads one row.
 
 Nothing is known of any other op, such as convolutions, transforms, scatters that add,
@@ -33,7 +33,7 @@ _COPIES = names(
     _conj_physical _index_put_impl _local_scalar_dense _reshape_copy _to_copy
     _unsafe_view amax amin aminmax arange as_strided_scatter cat clone complex
     constant_pad_nd copy cummax cummin diagonal_scatter embedding empty empty_like
-    empty_permuted empty_strided expand_copy eye fill flip full full_like gather
+    empty_permuted empty_strided expand_copy eye fill flip full full_like gather histc
     index index_copy index_fill index_put index_select kthvalue lift_fresh
     lift_fresh_copy linspace masked_scatter masked_select max median min mode
     narrow_copy new_empty new_empty_strided new_full new_ones new_zeros ones ones_like
@@ -43,6 +43,8 @@ _COPIES = names(
     """
 )
 _ROW_BY_ROW = names("native_layer_norm")
+# Adds to a row in the order of the indices; not so on CUDA.
+_IN_ORDER_ON_CPU = names("index_add")
 # Elementwise, but without torch's tag for it.
 _UNTAGGED = names("glu log_sigmoid_forward")
 _EXACT_IF_COMPLEX = names("add clone conj_physical masked_fill neg sub where")
@@ -85,7 +87,7 @@ def is_row_independent(
         return torch.Tag.pointwise in op.tags or name in known
     if any(isinstance(arg, torch.Tensor) and arg.is_complex() for arg in args):
         return name in _EXACT_IF_COMPLEX
-    return name in EXACT and "alpha" not in kwargs
+    return name in EXACT | _IN_ORDER_ON_CPU and "alpha" not in kwargs
 
 
 class UnknownFunctions(BatchInvariantFunctions):

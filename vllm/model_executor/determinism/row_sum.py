@@ -21,6 +21,17 @@ import torch
 from vllm.model_executor.op_library import define_op
 
 
+def fold(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over a dim of at least one element, which overwrites x."""
+    length = x.shape[dim]
+    while length > 1:
+        half = -(-length // 2)
+        rest = length - half
+        x.narrow(dim, 0, rest).add_(x.narrow(dim, half, rest))
+        length = half
+    return x.select(dim, 0)
+
+
 def _sum(x: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     length = x.shape[1]
@@ -29,10 +40,7 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
     half = -(-length // 2)
     total = x[:, :half].to(dtype, copy=True)
     total[:, : length - half] += x[:, half:]
-    while half > 1:
-        length, half = half, -(-half // 2)
-        total[:, : length - half] += total[:, half:length]
-    return total[:, 0].contiguous()
+    return fold(total, 1).contiguous()
 
 
 def _fake(x: torch.Tensor) -> torch.Tensor:
