@@ -17,6 +17,7 @@ from vllm.model_executor.determinism.functions import (
     batch_invariant_functions,
 )
 from vllm.model_executor.determinism.mode import batch_invariant
+from vllm.model_executor.determinism.pointwise import on_whole_vectors
 from vllm.model_executor.determinism.row_independence import UnknownFunctions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,6 +214,17 @@ def test_an_element_of_a_batch_does_not_depend_on_the_others(name, dtype):
     whole = function(x)
     for first, last in ((0, 1), (7, 8), (1, 4), (3, 20)):
         assert torch.equal(function(x[first:last]), whole[first:last]), (first, last)
+
+
+@pytest.mark.parametrize("op", ["gelu", "sigmoid", "tanh_"])
+def test_an_op_is_computed_on_whole_vectors_too(op, threads):
+    op = getattr(torch.ops.aten, op).default
+    x = rows_of(torch.float32, 709).cpu()
+    threads(3)
+    whole = on_whole_vectors(op, (x.clone(),), {})
+    for first, last in ((0, 1), (7, 10), (9, 709)):
+        part = on_whole_vectors(op, (x[first:last].clone(),), {})
+        assert torch.equal(part, whole[first:last])
 
 
 @pytest.mark.usefixtures("mode")

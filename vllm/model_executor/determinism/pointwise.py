@@ -80,7 +80,7 @@ _SERIAL_GELU = 20000 // _LANES * _LANES
 def on_whole_vectors(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """An elementwise function of torch, or an in-place form of one.
+    """An elementwise function or op of torch, or an in-place form of one.
 
     Args:
         func: elementwise in all its tensors, which are broadcast.
@@ -101,7 +101,7 @@ def on_whole_vectors(
     if any(t.shape != shape for t in shaped):
         shape = torch.broadcast_shapes(*(t.shape for t in shaped))
     size = shape.numel()
-    length = _whole(size, func.__name__)
+    length = _whole(size, _name(func))
     if length == size and all(t.shape == shape and t.is_contiguous() for t in shaped):
         return func(*args, **kwargs)
     order = _order_in_memory(shaped, shape)
@@ -157,6 +157,11 @@ def _called(func: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     return func(x) if result is NotImplemented else result
 
 
+def _name(func: Callable[..., Any]) -> str:
+    """Without the overload of an op of the dispatcher."""
+    return func.__name__.partition(".")[0]
+
+
 def _whole(size: int, name: str) -> int:
     """The number of elements, of which every thread gets whole vectors."""
     threads = torch.get_num_threads()
@@ -184,5 +189,6 @@ def _is_in_place(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
     # Of the functions below only an argument `inplace` is ever True.
-    named = func.__name__.endswith("_") and not func.__name__.endswith("__")
+    name = _name(func)
+    named = name.endswith("_") and not name.endswith("__")
     return named or bool(kwargs.get("inplace")) or (bool(args) and args[-1] is True)
