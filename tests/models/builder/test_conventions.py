@@ -98,6 +98,11 @@ class Keywords(PlainGPT):
         return {"logits": run(self, tokens, pos), "loss": None}
 
 
+class Swapped(PlainGPT):
+    def forward(self, positions, input_ids):
+        return run(self, input_ids, positions)
+
+
 class Named(PlainGPT):
     def forward(self, ids, step=None, at=None):
         assert step is None
@@ -117,6 +122,7 @@ CONVENTIONS = [
     (LikeTorchtitan, (None, "positions", True)),
     (LikeTransformers, (None, "position_ids", True)),
     (Keywords, ("tokens", "pos", True)),
+    (Swapped, ("input_ids", "positions", True)),
     (Named, (None, "at", True)),
     (PassedOn, (None, "positions", False)),
 ]

@@ -12,6 +12,8 @@ from torch import nn
 from vllm.model_executor.checkpoint.wrappers import unwrapped
 from vllm.model_executor.models.builder.spec import BuilderOptions
 
+# Names of token ids where they are not the first parameter.
+IDS = ("input_ids", "tokens", "token_ids", "idx")
 POSITIONS = ("positions", "position_ids", "input_pos", "pos", "pos_ids")
 # Second parameters that are not positions, whatever their default.
 NOT_POSITIONS = (
@@ -47,9 +49,10 @@ class CallingConvention(NamedTuple):
     ) -> "CallingConvention":
         """The convention of a module, from the signature of its `forward`.
 
-        Token ids are the first parameter. Positions are the parameter with one of the
-        names in `POSITIONS`, else the second one if it has no default and its name has
-        no other meaning. Transformers models are asked for no cache.
+        Token ids are the first parameter, unless that is known to be something else and
+        another has one of the names in `IDS`. Positions are the parameter with one of
+        the names in `POSITIONS`, else the second one if it has no default and its name
+        has no other meaning. Transformers models are asked for no cache.
 
         Args:
             module: The training-only module.
@@ -76,12 +79,13 @@ class CallingConvention(NamedTuple):
             )
         if name is None:
             name = next((p.name for p in named if p.name in POSITIONS), None)
-        if name is None and len(named) > 1:
+        ids = _ids(named)
+        if name is None and ids is None and len(named) > 1:
             second = named[1]
             required = second.default is second.empty
             if required and second.name not in NOT_POSITIONS:
                 name = second.name
-        is_second = name is not None and _is_second(named, name)
+        is_second = name is not None and ids is None and _is_second(named, name)
         if (
             name is None
             and len(named) < 2
@@ -89,9 +93,6 @@ class CallingConvention(NamedTuple):
         ):
             # Whatever takes `(*args, **kwargs)` passes them on.
             name, is_second = "positions", True
-        ids = None
-        if named and named[0].kind is inspect.Parameter.KEYWORD_ONLY:
-            ids = named[0].name
         packed = "cu_seqlens" in parameters
         batched = not packed if options.batched is None else options.batched
         convention = cls(
@@ -169,6 +170,18 @@ class CallingConvention(NamedTuple):
         """Shape of the tokens that `call` passes to the module."""
         is_row = self.batched and positions.ndim == 1
         return torch.Size((1, *positions.shape)) if is_row else positions.shape
+
+
+def _ids(parameters: list[inspect.Parameter]) -> str | None:
+    """Name of the parameter for token ids; None: the first positional argument."""
+    if not parameters:
+        return None
+    first = parameters[0]
+    if first.name in (*POSITIONS, *NOT_POSITIONS):
+        ids = next((p.name for p in parameters if p.name in IDS), None)
+        if ids is not None:
+            return ids
+    return first.name if first.kind is inspect.Parameter.KEYWORD_ONLY else None
 
 
 def _is_second(parameters: list[inspect.Parameter], name: str) -> bool:
