@@ -14,6 +14,7 @@ from vllm.training.parallel import destroy_parallel, initialize_parallel
 from vllm.training.state import load_state, save_state
 
 __all__ = [
+    "adopt",
     "batch_invariant",
     "check_servable",
     "checkpoint_tensors",
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> Any:
     """Import what needs the models' machinery when it is first used."""
     if name == "parity":
         return importlib.import_module("vllm.training.parity")
+    if name == "adopt":
+        from vllm.model_executor.models.builder.adopt import adopt
+
+        return adopt
     if name == "check_servable":
         from vllm.model_executor.models.builder.servable import check_servable
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from vllm.model_executor.determinism import pointwise, products, reductions
+from vllm.model_executor.determinism import elementwise, pointwise, products, reductions
 from vllm.model_executor.determinism.mode import is_batch_invariant
 
 # Takes a function of torch and its arguments; NotImplemented: torch's own is right.
@@ -67,7 +67,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sum": reductions.sum_,
     "var": reductions.var,
     "var_mean": reductions.var_mean,
-    "glu": pointwise.glu,
+    "glu": elementwise.glu,
 }
 # numpy's names, which torch takes too.
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
@@ -140,7 +140,7 @@ def _called_as_torchs(function: Callable[..., Any]) -> Replacement:
 
 _BY_NAME: dict[str, Replacement] = {
     **{name: _called_as_torchs(function) for name, function in _FUNCTIONS.items()},
-    **dict.fromkeys(pointwise.INEXACT, pointwise.on_whole_vectors),
+    **dict.fromkeys((*pointwise.INEXACT, "sqrt", "sqrt_"), elementwise.called),
     **dict.fromkeys(pointwise.SOMETIMES_EXACT, pointwise.on_whole_vectors_if_inexact),
 }
 _NAMESPACES = (

@@ -88,12 +88,11 @@ def on_whole_vectors(
         kwargs: its other arguments, without `out`.
 
     Returns:
-        What the function returns; NotImplemented if its arguments are not on CPU, or
-        while a compiler traces, which writes loops of its own.
+        What the function returns; NotImplemented if its arguments are not on CPU.
     """
     values = [*args, *kwargs.values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if torch.compiler.is_compiling() or not all(map(_is_on_cpu, tensors)):
+    if not all(map(_is_on_cpu, tensors)):
         return NotImplemented
     # A tensor without dims has its own rule of type promotion, so it stays one.
     shaped = [t for t in tensors if t.ndim] or tensors
@@ -124,37 +123,18 @@ def on_whole_vectors(
 def on_whole_vectors_if_inexact(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """`on_whole_vectors`; NotImplemented if the result is rounded once."""
+    """`on_whole_vectors`; NotImplemented if the result is rounded once.
+
+    Nor is it called while torch.compile traces, which leaves complex numbers to torch.
+    """
+    if torch.compiler.is_compiling():
+        return NotImplemented
     if "alpha" in kwargs:
         return on_whole_vectors(func, args, kwargs)
     for value in args:
         if isinstance(value, torch.Tensor) and value.is_complex():
             return on_whole_vectors(func, args, kwargs)
     return NotImplemented
-
-
-def glu(input: torch.Tensor, dim: int = -1) -> Any:
-    """`torch.nn.functional.glu`: the first half times the sigmoid of the second."""
-    if not input.ndim or input.shape[dim] % 2:
-        return NotImplemented
-    return on_whole_vectors(_glu_of_halves, input.chunk(2, dim), {})
-
-
-def _glu_of_halves(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return F.glu(torch.cat((first, second)), 0)
-
-
-def exp(x: torch.Tensor) -> torch.Tensor:
-    return _called(torch.exp, x)
-
-
-def log(x: torch.Tensor) -> torch.Tensor:
-    return _called(torch.log, x)
-
-
-def _called(func: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    result = on_whole_vectors(func, (x,), {})
-    return func(x) if result is NotImplemented else result
 
 
 def _name(func: Callable[..., Any]) -> str:

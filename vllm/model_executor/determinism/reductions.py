@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vllm.model_executor.determinism.pointwise import exp, log
+from vllm.model_executor.determinism.elementwise import exp, log, sqrt
 from vllm.model_executor.determinism.row_sum import row_sum
 from vllm.model_executor.op_library import autocast_dtype
 
@@ -208,7 +208,7 @@ def rms_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     x = _wide(input)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    result = x / (_mean(x * x, dims, True) + eps).sqrt()
+    result = x / sqrt(_mean(x * x, dims, True) + eps)
     return (result if weight is None else result * weight).to(input.dtype)
 
 
@@ -225,7 +225,7 @@ def group_norm(
         return NotImplemented
     x = _wide(input).reshape(input.shape[0], num_groups, -1)
     centred = x - _mean(x, (-1,), True)
-    result = centred / (_mean(centred * centred, (-1,), True) + eps).sqrt()
+    result = centred / sqrt(_mean(centred * centred, (-1,), True) + eps)
     result = result.view(input.shape)
     of_channels = (-1, *[1] * (input.ndim - 2))
     if weight is not None:
@@ -323,7 +323,7 @@ def _norm(
 def _root(x: torch.Tensor) -> torch.Tensor:
     """The square root; its gradient at 0 is 0, as that of torch's norms."""
     zero = x == 0
-    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return sqrt(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def _length(x: torch.Tensor, dims: tuple[int, ...]) -> int:

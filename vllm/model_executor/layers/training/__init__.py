@@ -19,6 +19,7 @@ from vllm.model_executor.layers.training.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    TransposedLinear,
 )
 from vllm.model_executor.layers.training.logprobs import (
     full_logprobs,
@@ -47,6 +48,7 @@ __all__ = [
     "SplitSequence",
     "TrainableAttention",
     "TrainingLayer",
+    "TransposedLinear",
     "VLLMFlashAttention",
     "VocabParallelEmbedding",
     "full_logprobs",

@@ -33,6 +33,10 @@ from vllm.model_executor.layers.training.column_linear import (
     SEQUENCE_DIM,
     column_parallel_linear,
 )
+from vllm.model_executor.layers.training.engine_layers import (
+    EngineEmbedding,
+    scaled,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
@@ -133,6 +137,8 @@ class VocabParallelEmbedding(_VocabParallel):
     Args:
         num_embeddings: Size of the vocabulary.
         embedding_dim: Size of an embedding.
+        scale: Factor on the embeddings, rounded to their dtype; Gemma has
+            sqrt(embedding_dim).
         params_dtype: Dtype of the weight; torch's default dtype if None.
         sequence_parallel: Return this rank's slice of the tokens, the last dim of the
             ids. In the engine all tokens are returned.
@@ -147,6 +153,7 @@ class VocabParallelEmbedding(_VocabParallel):
         num_embeddings: int,
         embedding_dim: int,
         *,
+        scale: float = 1.0,
         params_dtype: torch.dtype | None = None,
         sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
@@ -158,6 +165,7 @@ class VocabParallelEmbedding(_VocabParallel):
             sequence_parallel,
             parallel_context,
         )
+        self.scale = float(scale)
         self._initialise()
 
     def reset_parameters(self) -> None:
@@ -189,7 +197,9 @@ class VocabParallelEmbedding(_VocabParallel):
                 f"VocabParallelEmbedding got ids of {given}; they must be a tensor of "
                 "torch.int64 or torch.int32."
             )
-        input_ids = input_ids.long()
+        return scaled(self._embed(input_ids.long()), self.scale)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.tp_size == 1:
             return self._look_up(input_ids, input_ids)
         local_ids = input_ids - self.vocab_start_index
@@ -221,11 +231,16 @@ class VocabParallelEmbedding(_VocabParallel):
             ) from None
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return vllm_internals.VocabParallelEmbedding(
+        return EngineEmbedding(
             self.num_embeddings,
             self.embedding_dim,
+            scale=self.scale,
             **self._engine_arguments(vllm_config, prefix),
         )
+
+    def extra_repr(self) -> str:
+        scale = f", scale={self.scale}" if self.scale != 1 else ""
+        return super().extra_repr() + scale
 
 
 class ParallelLMHead(_VocabParallel):

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What our layers become inside the engine where vLLM has no layer for it.
 
+- `EngineEmbedding`: a token embedding with a factor.
 - `EngineRMSNorm`: the RMS norm outside batch-invariant mode.
 - `ShardedRowParallelLinear`: a row-parallel linear of more products than ranks. vLLM's
   own adds up one product a rank. With `tp_reduction_shards` each rank's slice of the
@@ -21,6 +22,24 @@ from vllm.model_executor.determinism.linear.cpu import PackedWeight
 from vllm.model_executor.determinism.linear.op import linear
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.determinism.ordered_sum import ordered_sum
+
+
+class EngineEmbedding(vllm_internals.VocabParallelEmbedding):
+    """vLLM's token embedding, times `scale`."""
+
+    def __init__(self, *args: Any, scale: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return scaled(super().forward(input_ids), self.scale)
+
+
+def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x times a factor that is rounded to the dtype of x."""
+    if scale == 1:
+        return x
+    return x * torch.tensor(scale, dtype=x.dtype).item()
 
 
 class EngineRMSNorm(nn.Module):

@@ -247,6 +247,55 @@ class ColumnParallelLinear(ParallelLinear):
         )
 
 
+class TransposedLinear(ParallelLinear):
+    """y = x W + b, with the weight stored as GPT-2's `Conv1D` stores it.
+
+    Every rank holds it whole.
+
+    Args:
+        input_size: Input features.
+        output_size: Output features.
+        bias: Add a bias.
+        params_dtype: Dtype of the parameters; torch's default dtype if None.
+
+    Attributes:
+        weight: shape = [input_size, output_size]
+        bias: shape = [output_size] or None
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        *,
+        params_dtype: torch.dtype | None = None,
+    ) -> None:
+        single = ParallelContext.single()
+        super().__init__(
+            input_size, output_size, bias, params_dtype, False, False, single
+        )
+        self._create_parameters()
+
+    def parameter_sharding(self) -> dict[str, ParameterSharding]:
+        shapes = {"weight": (self.input_size, self.output_size)} | (
+            {"bias": (self.output_size,)} if self.has_bias else {}
+        )
+        return {n: ParameterSharding.replicated(shape) for n, shape in shapes.items()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: shape = [..., input_size].
+
+        Returns:
+            shape = [..., output_size].
+        """
+        self._check_input(x, self.input_size)
+        return linear(x, self.weight.t(), self.bias)
+
+
 class MergedColumnParallelLinear(ColumnParallelLinear):
     """Several column-parallel linear layers of one input as one GEMM, e.g. gate and up.
 

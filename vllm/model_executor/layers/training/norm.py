@@ -51,6 +51,9 @@ class RMSNorm(TrainingLayer):
     Args:
         hidden_size: Size of the normalised last dim.
         eps: Added to the mean of the squares.
+        weight_offset: Added to the weight, in fp32; 1 in Gemma's norms.
+        weight_in_fp32: Multiply by the weight in fp32 and round once, as Gemma and
+            OLMo 2 do. Always so with an offset.
         params_dtype: Dtype of the weight; torch's default dtype if None.
         sequence_parallel: The ranks' inputs differ, because each has its slice of the
             tokens, or its own heads: the weight's gradient is summed over them.
@@ -67,6 +70,8 @@ class RMSNorm(TrainingLayer):
         hidden_size: int,
         eps: float = 1e-6,
         *,
+        weight_offset: float = 0.0,
+        weight_in_fp32: bool = False,
         params_dtype: torch.dtype | None = None,
         sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
@@ -77,12 +82,14 @@ class RMSNorm(TrainingLayer):
         self.hidden_size = hidden_size
         self.sequence_parallel = sequence_parallel
         self.variance_epsilon = float(eps)
+        self.weight_offset = float(weight_offset)
+        self.weight_in_fp32 = weight_in_fp32 or weight_offset != 0
         self._add_parameter("weight", resolve_dtype(params_dtype))
         self._initialise()
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        """Itself in batch-invariant mode, else a norm by vLLM's ops."""
-        if is_batch_invariant():
+        """Itself in batch-invariant mode, else a norm by vLLM's ops if they have it."""
+        if is_batch_invariant() or self.weight_in_fp32:
             return self
         return EngineRMSNorm(self.weight, self.variance_epsilon)
 
@@ -90,8 +97,8 @@ class RMSNorm(TrainingLayer):
         return {"weight": ParameterSharding.replicated((self.hidden_size,))}
 
     def reset_parameters(self) -> None:
-        """Ones."""
-        self.draw("weight", nn.init.ones_)
+        """A factor of one."""
+        self.draw("weight", lambda t: nn.init.constant_(t, 1 - self.weight_offset))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -108,12 +115,19 @@ class RMSNorm(TrainingLayer):
         """
         _check_hidden_size(self, x)
         weight = _shared(self, self.weight)
+        if self.weight_in_fp32 and weight.dtype != torch.float64:
+            weight = weight.float() + self.weight_offset
+        elif self.weight_offset:
+            weight = weight + self.weight_offset
         if residual is None:
             return rms_norm(x, weight, self.variance_epsilon)
         return fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"
+        text = f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"
+        if self.weight_offset:
+            text += f", weight_offset={self.weight_offset}"
+        return text + (", weight_in_fp32=True" if self.weight_in_fp32 else "")
 
 
 class LayerNorm(TrainingLayer):

@@ -32,6 +32,10 @@ from vllm.model_executor.determinism.mode import is_batch_invariant
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+Conversion = Callable[
+    [Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]
+]
+
 
 class EngineLoader:
     """`load_weights` of a model whose layers are bound to the engine.
@@ -47,6 +51,8 @@ class EngineLoader:
             the same. Each stage checks all tensors and keeps its own.
         model_config: The engine's; None outside of an engine.
         complete: Whether the first load has to bring every tensor.
+        convert: Turns the names and tensors of a checkpoint into the layout's; None:
+            they are the same.
 
     Attributes:
         fingerprints: Of each tensor that was loaded in batch-invariant mode, in its
@@ -59,11 +65,13 @@ class EngineLoader:
         layout: CheckpointLayout,
         model_config: "ModelConfig | None",
         complete: bool = True,
+        convert: Conversion | None = None,
     ) -> None:
         self.model = model
         self.layout = layout
         self.model_config = model_config
         self.complete = complete
+        self.convert = convert
         self.fingerprints: dict[str, str] = {}
         self._names = {
             (tensor.parameter, tensor.parts[0]): name
@@ -123,9 +131,8 @@ class EngineLoader:
             directory = Path(self.model_config.model)
             if directory.is_absolute() or directory.is_dir():  # else it is of a hub
                 check_files(directory)
-        for pair in weights:
-            _check_pair(pair)
-            yield pair
+        checked = (_check_pair(pair) for pair in weights)
+        yield from self.convert(checked) if self.convert else checked
 
     def _compare(
         self,
@@ -232,11 +239,11 @@ def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def _check_pair(pair: Any) -> None:
+def _check_pair(pair: Any) -> tuple[str, torch.Tensor]:
     """Refuse what is no name and tensor."""
     is_pair = isinstance(pair, tuple | list) and len(pair) == 2
     if is_pair and isinstance(pair[1], torch.Tensor):
-        return
+        return pair[0], pair[1]
     given = f"{pair[0]} with a {type(pair[1]).__name__}" if is_pair else repr(pair)
     raise TypeError(
         "The engine loads (name, tensor) pairs, and instead of one "

@@ -17,6 +17,7 @@ from vllm.model_executor.determinism.log_softmax import (
     aligned_rows,
     uses_samplers_kernels,
 )
+from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.base import skip_init
 from vllm.model_executor.models.builder.agreement import compare_ranks
 from vllm.model_executor.models.builder.binding import bind_engine_layers
@@ -121,6 +122,8 @@ class BuiltModel(nn.Module):
         model_config = vllm_config.model_config
         context = ParallelContext.current()
         self.vllm_config = vllm_config
+        if hasattr(module, "adoption") and is_batch_invariant():
+            _keep_eager_numerics(vllm_config)
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
         self.carried = (model_config.get_hidden_size(), torch.get_default_dtype())
@@ -149,7 +152,8 @@ class BuiltModel(nn.Module):
         object.__setattr__(
             self, "logits_processor", vllm_internals.LogitsProcessor(self.vocab_size)
         )
-        loader = EngineLoader(self, layout, model_config, strict)
+        convert = getattr(module, "convert_checkpoint", None)
+        loader = EngineLoader(self, layout, model_config, strict, convert)
         object.__setattr__(self, "loader", loader)
 
     def _get_name(self) -> str:
@@ -288,6 +292,17 @@ _NO_EMBEDS = (
     "The module built by {name} takes token ids only; prompt embeddings need a "
     "module with vLLM's interface (embed_input_ids and inputs_embeds)."
 )
+
+
+def _keep_eager_numerics(vllm_config: "VllmConfig") -> None:
+    """Let Inductor round as eager torch does.
+
+    Training layers are ops, which a compiler leaves as they are. What a model's own
+    code computes between them, it writes anew.
+    """
+    options = vllm_config.compilation_config.inductor_compile_config
+    options["emulate_precision_casts"] = True
+    options["eager_numerics.division_rounding"] = True
 
 
 def _refuse_unsupported(vllm_config: "VllmConfig", builder: str) -> None:

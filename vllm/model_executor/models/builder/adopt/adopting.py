@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Adopting a model that was not written with training layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.training import (
+    ParallelLMHead,
+    TrainingLayer,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.builder.adopt import (
+    converting,
+    tensor_parallel,
+    torch_attention,
+)
+from vllm.model_executor.models.builder.adopt.attention import (
+    AdoptedAttention,
+    AttentionSite,
+)
+from vllm.model_executor.models.builder.adopt.probing import Sites, find_attention
+from vllm.model_executor.models.builder.adopt.report import Row, table
+from vllm.model_executor.models.builder.adopt.wrapping import AdoptedModule, wrap
+from vllm.model_executor.models.builder.convention import CallingConvention
+from vllm.model_executor.models.builder.head import find_head
+from vllm.model_executor.models.builder.spec import BuilderOptions
+from vllm.model_executor.parallel_context import ParallelContext
+
+logger = init_logger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adopt(
+    model: Model,
+    *,
+    head: str | None = None,
+    positions: str | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    parallel_context: ParallelContext | None = None,
+    strict: bool = False,
+) -> Model:
+    """Make a model trainable and servable with the same bits, as it is.
+
+    Modules that compute what a training layer computes become that layer, and calls of
+    attention go to a `TrainableAttention`. The model stays the same object; names of
+    parameters, state dicts and checkpoints stay the same, and weights are not copied.
+    A table of what became of each module is logged. Calling it again changes nothing.
+
+    Args:
+        model: Any module whose only cross-token operation is causal self-attention,
+            by transformers' attention interface or by torch's
+            `scaled_dot_product_attention`; also on the meta device.
+        head: Path of the module that gives logits; found if None.
+        positions: Name of the parameter of `forward` for positions; found if None.
+        tp_plan: Tensor-parallel styles by path, for `parallel_context`. None: the
+            model's own, if it is one of transformers'.
+        parallel_context: What layers are sharded by; `ParallelContext.current()` where
+            vLLM's groups exist, else a single process. With more than one rank, a
+            model with weights holds this rank's shards afterwards.
+        strict: Raise if a module is left that has a weight.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: Attention that cannot be trained and served, or a plan that does
+            not fit; with `strict`, a module that is left.
+    """
+    if getattr(model, "adoption", None) is not None:
+        return model
+    options = BuilderOptions(head=head, positions=positions)
+    context = parallel_context or ParallelContext.current_or_single()
+    transformers = _transformers_attention(model)
+    if transformers is not None:
+        _use_transformers_interfaces(model)
+    convention = CallingConvention.of(model, options, "adopt")
+    call = functools.partial(convention.call, model)
+    sites = find_attention(model, call, transformers)
+    if not sites:
+        raise ValueError(
+            f"forward of {type(model).__name__} calls no attention that can be taken "
+            "over. Call torch.nn.functional.scaled_dot_product_attention, or use one "
+            "of transformers' attention interfaces."
+        )
+    plan = _plan(model, tp_plan, context)
+    rows = _convert(model, _head_path(model, head), plan, context)
+    rows += _take_over_attention(model, sites, plan, context)
+    left = [row for row in rows if not row.after]
+    if strict and left:
+        raise ValueError(
+            f"adopt(..., strict=True) leaves modules of {type(model).__name__} as "
+            f"they are:\n{table(left)}"
+        )
+    if transformers is not None:
+        transformers.use_training_layers(model)
+    for module in list(model.modules()):
+        if _runs_own_code(module):
+            wrap(module)
+    vars(model)["adoption"] = table(rows)
+    logger.info("Adopted %s:\n%s", type(model).__name__, vars(model)["adoption"])
+    return model
+
+
+def _transformers_attention(model: nn.Module) -> ModuleType | None:
+    """`transformers_attention` for a model of transformers, else None."""
+    if not hasattr(model, "set_attn_implementation"):
+        return None
+    from vllm.model_executor.models.builder.adopt import transformers_attention
+
+    return transformers_attention
+
+
+def _use_transformers_interfaces(model: Any) -> None:
+    from vllm.model_executor.models.builder.adopt import (
+        transformers_checkpoint,
+        transformers_experts,
+    )
+
+    transformers_checkpoint.keep_in_fp32(model)
+    transformers_experts.use_in_order_experts(model)
+    conversion = transformers_checkpoint.CheckpointConversion(model)
+    vars(model)["convert_checkpoint"] = conversion
+
+
+def _head_path(model: nn.Module, option: str | None) -> str | None:
+    try:
+        return find_head(model, option, "adopt")
+    except ValueError:
+        if option is not None:
+            raise
+        return None
+
+
+def _plan(
+    model: nn.Module, given: Mapping[str, str] | None, context: ParallelContext
+) -> tensor_parallel.Plan:
+    styles = tensor_parallel.plan_of(model) if given is None else given
+    if context.tp_size == 1 and context.tp_reduction_shards == 1:
+        return tensor_parallel.Plan(model, {})
+    if not styles:
+        logger.warning(
+            "%s has no tensor-parallel plan, so each of %d ranks holds and computes "
+            "all of its layers but embedding and head. Give one: "
+            "adopt(..., tp_plan={path: style}).",
+            type(model).__name__,
+            context.tp_size,
+        )
+    return tensor_parallel.Plan(model, styles)
+
+
+def _convert(
+    model: nn.Module,
+    head: str | None,
+    plan: tensor_parallel.Plan,
+    context: ParallelContext,
+) -> list[Row]:
+    """Put training layers in the place of what computes the same."""
+    vocabulary = None if head is None else _rows(model.get_submodule(head))
+    rows: list[Row] = []
+    replacements: dict[int, TrainingLayer | None] = {}
+    embeddings: dict[int, VocabParallelEmbedding] = {}
+    heads: list[tuple[nn.Parameter, ParallelLMHead]] = []
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not module._parameters or isinstance(module, TrainingLayer) or not path:
+            continue
+        if id(module) not in replacements:
+            reason = converting.why_not(module)
+            layer = None
+            if isinstance(module, nn.Embedding) and _rows(module) != vocabulary:
+                reason = "it has no row for each token"
+            if reason is None:
+                layer = converting.converted(
+                    module, context, plan.style(path), path == head
+                )
+            replacements[id(module)] = layer
+            before = type(module).__name__
+            if layer is None:
+                rows.append(Row(path, before, "", reason or "no such training layer"))
+            else:
+                rows.append(Row(path, before, type(layer).__name__))
+            if isinstance(layer, VocabParallelEmbedding):
+                embeddings[id(module.weight)] = layer
+            if isinstance(layer, ParallelLMHead):
+                heads.append((module.weight, layer))
+        layer = replacements[id(module)]
+        if layer is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer)
+    for weight, layer in heads:
+        if id(weight) in embeddings:
+            layer.tie_weights(embeddings[id(weight)])
+    return rows
+
+
+def _rows(module: nn.Module) -> int | None:
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.shape[0]
+
+
+def _take_over_attention(
+    model: nn.Module,
+    sites: Sites,
+    plan: tensor_parallel.Plan,
+    context: ParallelContext,
+) -> list[Row]:
+    """Give each call of attention its layer."""
+    rows = []
+    paths = {module: path for path, module in model.named_modules()}
+    for module, calls in sites.items():
+        path = paths[module]
+        splits = context.tp_size > 1 and plan.splits_heads(path)
+        for index, site in enumerate(calls):
+            if splits:
+                site = _local(site, path, context)
+            own = context if splits else ParallelContext.single()
+            name = torch_attention.site_name(index)
+            if name in vars(module) or name in module._modules:
+                raise ValueError(f"{path} has an attribute {name} of its own.")
+            layer = AdoptedAttention(site, module, own)
+            module.add_module(name, layer)
+            rows.append(Row(f"{path}.{name}", "attention", "TrainableAttention"))
+    return rows
+
+
+def _local(site: AttentionSite, path: str, context: ParallelContext) -> AttentionSite:
+    """The call that each rank makes once the heads are sharded."""
+    heads = site.num_heads, site.num_kv_heads
+    if any(count % context.tp_size for count in heads):
+        raise ValueError(
+            f"{path}: {heads[0]} query heads and {heads[1]} key/value heads cannot be "
+            f"sharded across {context.tp_size} ranks. Choose a tensor-parallel size "
+            "that divides both."
+        )
+    return site._replace(
+        num_heads=heads[0] // context.tp_size,
+        num_kv_heads=heads[1] // context.tp_size,
+    )
+
+
+def _runs_own_code(module: nn.Module) -> bool:
+    """Whether a module has a forward that is neither ours nor torch's."""
+    kind = type(module)
+    return not (
+        isinstance(module, TrainingLayer | AdoptedModule)
+        or kind.__module__.startswith("torch.nn.")
+        or kind.forward is nn.Module.forward
+    )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How the layers of an adopted module are sharded over tensor-parallel ranks.
+
+A plan maps paths of modules, in which `*` stands for one component, to styles with
+transformers' names. transformers' models have a plan; for a few that have none, it is
+given here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vllm.model_executor.layers.training import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TrainingLayer,
+)
+
+# The output of a layer of these styles is this rank's part of the features.
+SPLIT_OUTPUT = frozenset({"colwise"})
+_LINEARS: dict[str | None, Callable[..., TrainingLayer]] = {
+    None: ColumnParallelLinear,
+    "colwise": ColumnParallelLinear,
+    "colwise_gather_output": functools.partial(
+        ColumnParallelLinear, gather_output=True
+    ),
+    "rowwise": RowParallelLinear,
+    "rowwise_split_input": functools.partial(
+        RowParallelLinear, input_is_parallel=False
+    ),
+}
+# A norm of each head, of which a rank has some, and the token embedding, which is
+# sharded by rows with or without a plan.
+_OTHERS = ("replicated_with_grad_allreduce", "embedding_rowwise")
+STYLES = frozenset({*filter(None, _LINEARS), *_OTHERS})
+
+
+def linear_class(style: str | None) -> Callable[..., Any]:
+    """What makes a linear layer of a style.
+
+    Raises:
+        ValueError: The style is none of a linear layer.
+    """
+    if style not in _LINEARS:
+        raise ValueError(f"A linear layer has no tensor-parallel style {style!r}.")
+    return _LINEARS[style]
+
+
+class Plan:
+    """The style of each module of a model.
+
+    Args:
+        model: The model.
+        styles: By path, in which `*` stands for one component.
+
+    Raises:
+        ValueError: A style that is not known, or a path that no module has.
+    """
+
+    def __init__(self, model: nn.Module, styles: Mapping[str, str]) -> None:
+        paths = [path for path, _ in model.named_modules()]
+        self.styles: dict[str, str] = {}
+        for pattern, style in styles.items():
+            if style not in STYLES:
+                raise ValueError(
+                    f"The tensor-parallel style {style!r} of {pattern!r} is not "
+                    f"supported; accepted are {', '.join(sorted(STYLES))}. Give a "
+                    "plan of your own, adopt(..., tp_plan={...}), or start with "
+                    "tensor_parallel_size=1."
+                )
+            parts = pattern.split(".")
+            expression = r"\.".join(
+                r"[^.]+" if part == "*" else re.escape(part) for part in parts
+            )
+            matches = [path for path in paths if re.fullmatch(expression, path)]
+            self.styles |= dict.fromkeys(matches, style)
+
+    def style(self, path: str) -> str | None:
+        """The style of the module at a path; None: every rank holds it whole."""
+        return self.styles.get(path)
+
+    def splits_heads(self, path: str) -> bool:
+        """Whether a module below a path gives this rank's part of its features."""
+        return any(
+            style in SPLIT_OUTPUT and name.startswith(f"{path}.")
+            for name, style in self.styles.items()
+        )
+
+
+def plan_of(model: nn.Module) -> dict[str, str]:
+    """The plan that a transformers model has, with paths from the model; {}: none."""
+    plan: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
+    return plan

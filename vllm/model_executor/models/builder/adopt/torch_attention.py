@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Attention of plain PyTorch modules: calls of `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from vllm.model_executor.models.builder.adopt.attention import (
+    AdoptedAttention,
+    AttentionSite,
+)
+
+
+def site_name(index: int) -> str:
+    """The submodule that stands for a module's call number `index` of attention."""
+    return "trainable_attention" + (f"_{index}" if index else "")
+
+
+def read_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[AttentionSite, torch.Tensor | None]:
+    """What a call of `scaled_dot_product_attention` asks for, and its mask.
+
+    Raises:
+        ValueError: Something that cannot be trained and served, by name.
+    """
+    if dropout_p:
+        raise ValueError(
+            f"attention is called with dropout_p={dropout_p}; no kernel has dropout. "
+            "Set it to 0 while training too."
+        )
+    if not is_causal and attn_mask is None:
+        raise ValueError(
+            "attention is called with is_causal=False and without a mask. The engine "
+            "keeps keys and values of the past only; bidirectional attention cannot "
+            "be served."
+        )
+    return AttentionSite.of(query, key, value, scale), attn_mask
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Takes over a module's calls of attention, one after another.
+
+    Args:
+        module: Holds an `AdoptedAttention` for each call.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "unflatten":
+            return torch.unflatten(*args, **kwargs)  # Dynamo cannot call the method
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        layer = getattr(self.module, site_name(self.calls), None)
+        self.calls += 1
+        return _attend(self.module, layer, args, kwargs)
+
+
+def _attend(
+    module: nn.Module, layer: nn.Module | None, args: Any, kwargs: Any
+) -> torch.Tensor:
+    """Compute one call, shape = [batch, num_heads, seq, value_size]."""
+    site, mask = read_call(*args, **kwargs)
+    if not isinstance(layer, AdoptedAttention) or site != layer.site:
+        expected = layer.site if isinstance(layer, AdoptedAttention) else "no call"
+        raise ValueError(
+            f"{type(module).__name__} calls attention with {site}; when the model was "
+            f"adopted it was {expected}. Each forward has to make the same calls."
+        )
+    if mask is not None and not layer.is_in_engine:
+        _check_causal(mask, args[0].shape[-2] if args else kwargs["query"].shape[-2])
+    query, key, value = (*args, *(kwargs[n] for n in _NAMES[len(args) :]))[:3]
+    return layer.attend(query, key, value).transpose(1, 2)
+
+
+_NAMES = ("query", "key", "value")
+
+
+def _check_causal(mask: torch.Tensor, seq: int) -> None:
+    """Raise unless a mask is that of causal attention, and nothing else."""
+    if mask.shape[-2:] != (seq, seq):
+        raise ValueError(f"{_NOT_CAUSAL} Its shape is {tuple(mask.shape)}.")
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=mask.device).tril()
+    if mask.dtype == torch.bool:
+        is_causal = (mask == causal).all()
+    else:
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        is_causal = torch.where(causal, mask == 0, hidden).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_causal, _NOT_CAUSAL)
+    elif not is_causal:
+        raise ValueError(_NOT_CAUSAL)
+
+
+_NOT_CAUSAL = (
+    "attention is called with a mask that is not exactly the causal one. Padding, "
+    "position biases and other masks cannot be served: leave the mask out and use "
+    "is_causal=True, or a batch without padding."
+)

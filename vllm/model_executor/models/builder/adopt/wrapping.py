@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A module whose own code runs with functions of torch taken over.
+
+The module's class becomes a subclass with the same name, as FSDP2 does it, so that the
+module is the same object, `isinstance` holds and `copy.deepcopy` works.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from vllm.model_executor.determinism.functions import batch_invariant_functions
+from vllm.model_executor.models.builder.adopt.torch_attention import (
+    AttentionCalls,
+    site_name,
+)
+
+
+class AdoptedModule(nn.Module):
+    """Marks a module that runs its own forward with functions taken over."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new, (type(self).__mro__[2],), self.__dict__
+
+
+def wrap(module: nn.Module) -> None:
+    """Make a module of any class an `AdoptedModule`; in place, once."""
+    if not isinstance(module, AdoptedModule):
+        module.__class__ = _adopted(type(module))
+
+
+_CLASSES: dict[type[nn.Module], type[AdoptedModule]] = {}
+
+
+def _adopted(cls: type[nn.Module]) -> type[AdoptedModule]:
+    if cls not in _CLASSES:
+        _CLASSES[cls] = _make_class(cls)
+    return _CLASSES[cls]
+
+
+def _make_class(cls: type[nn.Module]) -> type[AdoptedModule]:
+    original = cls.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls = AttentionCalls(self) if site_name(0) in self._modules else nullcontext()
+        with batch_invariant_functions(), calls:
+            return original(self, *args, **kwargs)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (AdoptedModule, cls), {**names, "forward": forward})
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    adopted = _adopted(cls)
+    return adopted.__new__(adopted)
