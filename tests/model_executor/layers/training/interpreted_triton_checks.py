@@ -157,6 +157,17 @@ def test_activation(gated, rows, size, gap, dtype, assert_as_accurate):
         assert torch.equal(backward(grad[alone], x[alone]), actual[1][alone])
 
 
+@pytest.mark.parametrize("form", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_of_two_tensors(form, dtype):
+    function, backward, _ = ACTIVATIONS[form]
+    gate, up, grad = (random(5, 63, dtype=dtype, gap=gap) for gap in (0, 3, 8))
+    both = torch.cat((gate, up), 1)
+    assert torch.equal(activation.activation_and_mul(gate, up, form), function(both))
+    grads = activation.activation_and_mul_backward(grad, gate, up, form)
+    assert torch.equal(torch.cat(grads, 1), backward(grad, both))
+
+
 def test_activation_of_the_largest_numbers(gated):
     function, backward, reference = gated
     gate = torch.tensor([[-1e4, 1e4, -100.0, 100.0]])

@@ -104,6 +104,33 @@ def test_strided_tensors(form, dtype, device, assert_equal):
             assert_equal(f"{name}: {what}", a, b)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (63, 64), (3, 7, 123), (4,), (0, 8)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_two_tensors_have_the_bits_of_one(form, dtype, shape, device, assert_equal):
+    torch.manual_seed(0)
+    layer = layer_of(form)
+    gate, up, grad = ((3 * torch.randn(shape)).to(device, dtype) for _ in range(3))
+    both = torch.cat((gate, up), -1)
+    output, grad_x = results(layer, both, grad)
+    # Also as columns of a wider matrix, and with a last dim that is strided.
+    strided = [x.repeat_interleave(2, -1)[..., ::2] for x in (gate, up)]
+    for pair in ((gate, up), both.chunk(2, -1), strided):
+        leaves = [x.detach().requires_grad_() for x in pair]
+        actual = layer(*leaves)
+        assert_equal("output", actual.detach(), output)
+        grads = torch.autograd.grad(actual, leaves, grad)
+        assert_equal("gradient", torch.cat(grads, -1), grad_x)
+
+
+def test_two_tensors_that_differ_are_refused(form, device):
+    layer, gate = layer_of(form), torch.randn(3, 4, device=device)
+    for up in (gate[:1], gate[:, :1], gate.bfloat16(), gate.to("meta")):
+        with pytest.raises(ValueError, match="gate: torch.*must have one shape"):
+            layer(gate, up)
+    with pytest.raises(ValueError, match="floating-point dtype"):
+        layer(gate.int(), gate.int())
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 6), (0,)])
 def test_empty_tensors(form, shape, device):
     x = torch.zeros(shape, device=device, requires_grad=True)
@@ -120,6 +147,11 @@ def test_opcheck(form, dtype, device):
     forward, backward = getattr(op, f"_{name}"), getattr(op, f"_{name}_backward")
     torch.library.opcheck(forward, (x.requires_grad_(), *options))
     torch.library.opcheck(backward, (x[:, :6].detach(), x.detach(), *options))
+    kind = "silu" if not options else "gelu_tanh" if options[0] else "gelu"
+    pair = [torch.randn(5, 12, device=device).to(dtype) for _ in range(2)]
+    torch.library.opcheck(op._activation_and_mul_backward, (pair[0], *pair, kind))
+    pair = [x.requires_grad_() for x in pair]
+    torch.library.opcheck(op._activation_and_mul, (*pair, kind))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1023])

@@ -34,16 +34,17 @@ class SiluAndMul(TrainingLayer):
         """Itself in batch-invariant mode, else vLLM's."""
         return self if is_batch_invariant() else vllm_internals.SiluAndMul()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the activation.
 
         Args:
-            x: shape = [..., 2 * d], gate in the first half.
+            x: shape = [..., 2 * d], gate in the first half; or the gate alone.
+            up: If `x` is the gate alone: shape = [..., d], as the gate's.
 
         Returns:
             shape = [..., d].
         """
-        return silu_and_mul(x)
+        return silu_and_mul(x, up)
 
 
 class GeluAndMul(TrainingLayer):
@@ -69,16 +70,17 @@ class GeluAndMul(TrainingLayer):
             else vllm_internals.GeluAndMul(self.approximate)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the activation.
 
         Args:
-            x: shape = [..., 2 * d], gate in the first half.
+            x: shape = [..., 2 * d], gate in the first half; or the gate alone.
+            up: If `x` is the gate alone: shape = [..., d], as the gate's.
 
         Returns:
             shape = [..., d].
         """
-        return gelu_and_mul(x, self.approximate == "tanh")
+        return gelu_and_mul(x, self.approximate == "tanh", up)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"

@@ -52,10 +52,19 @@ def _piece(size, block: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, output, x_stride, size, form: tl.constexpr, block: tl.constexpr):
+def _forward_kernel(
+    gate,
+    up,
+    output,
+    gate_stride,
+    up_stride,
+    size,
+    form: tl.constexpr,
+    block: tl.constexpr,
+):
     row, column, mask = _piece(size, block)
-    gate = tl.load(x + row * x_stride + column, mask=mask).to(tl.float32)
-    up = tl.load(x + row * x_stride + size + column, mask=mask).to(tl.float32)
+    gate = tl.load(gate + row * gate_stride + column, mask=mask).to(tl.float32)
+    up = tl.load(up + row * up_stride + column, mask=mask).to(tl.float32)
     activated, _ = _activate(gate, form)
     tl.store(output + row * size + column, activated * up, mask=mask)
 
@@ -63,22 +72,26 @@ def _forward_kernel(x, output, x_stride, size, form: tl.constexpr, block: tl.con
 @triton.jit
 def _backward_kernel(
     grad,
-    x,
-    grad_x,
+    gate,
+    up,
+    grad_gate,
+    grad_up,
     grad_stride,
-    x_stride,
+    gate_stride,
+    up_stride,
+    output_stride,
     size,
     form: tl.constexpr,
     block: tl.constexpr,
 ):
     row, column, mask = _piece(size, block)
     grad_output = tl.load(grad + row * grad_stride + column, mask=mask).to(tl.float32)
-    gate = tl.load(x + row * x_stride + column, mask=mask).to(tl.float32)
-    up = tl.load(x + row * x_stride + size + column, mask=mask).to(tl.float32)
+    gate = tl.load(gate + row * gate_stride + column, mask=mask).to(tl.float32)
+    up = tl.load(up + row * up_stride + column, mask=mask).to(tl.float32)
     activated, derivative = _activate(gate, form)
-    grad_x += row * (2 * size) + column
-    tl.store(grad_x, grad_output * up * derivative, mask=mask)
-    tl.store(grad_x + size, grad_output * activated, mask=mask)
+    place = row * output_stride + column
+    tl.store(grad_gate + place, grad_output * up * derivative, mask=mask)
+    tl.store(grad_up + place, grad_output * activated, mask=mask)
 
 
 class _Tiling(NamedTuple):
@@ -92,56 +105,99 @@ def _tiling(size: int) -> _Tiling:
     return _Tiling(block, max(1, block // 256))
 
 
-def _forward(x: torch.Tensor, form: str, tiling: _Tiling) -> torch.Tensor:
-    rows, size = x.shape[0], x.shape[1] // 2
-    output = x.new_empty(rows, size)
+def activation_and_mul(gate: torch.Tensor, up: torch.Tensor, form: str) -> torch.Tensor:
+    """The activation at the gate, times up; all shape = [rows, size].
+
+    Args:
+        gate: rows may be apart.
+        up: likewise.
+        form: "silu", "gelu" or "gelu_tanh".
+    """
+    rows, size = gate.shape
+    output = gate.new_empty(rows, size)
     if output.numel():
+        tiling = _tiling(size)
         grid = (rows * triton.cdiv(size, tiling.block),)
         _forward_kernel[grid](
-            x, output, x.stride(0), size, form=form, **tiling._asdict()
-        )
-    return output
-
-
-def _backward(
-    grad: torch.Tensor, x: torch.Tensor, form: str, tiling: _Tiling
-) -> torch.Tensor:
-    rows, size = grad.shape
-    grad_x = x.new_empty(x.shape)
-    if grad.numel():
-        grid = (rows * triton.cdiv(size, tiling.block),)
-        _backward_kernel[grid](
-            grad,
-            x,
-            grad_x,
-            grad.stride(0),
-            x.stride(0),
+            gate,
+            up,
+            output,
+            gate.stride(0),
+            up.stride(0),
             size,
             form=form,
             **tiling._asdict(),
         )
+    return output
+
+
+def activation_and_mul_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, form: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up; all shape = [rows, size]."""
+    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _backward(grad, gate, up, grad_gate, grad_up, form)
+    return grad_gate, grad_up
+
+
+def _backward(
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    grad_gate: torch.Tensor,
+    grad_up: torch.Tensor,
+    form: str,
+) -> None:
+    """Write both gradients, whose rows are equally far apart."""
+    rows, size = grad.shape
+    if grad.numel():
+        tiling = _tiling(size)
+        grid = (rows * triton.cdiv(size, tiling.block),)
+        _backward_kernel[grid](
+            grad,
+            gate,
+            up,
+            grad_gate,
+            grad_up,
+            grad.stride(0),
+            gate.stride(0),
+            up.stride(0),
+            grad_gate.stride(0),
+            size,
+            form=form,
+            **tiling._asdict(),
+        )
+
+
+def _of_halves(x: torch.Tensor, form: str) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return activation_and_mul(gate, up, form)
+
+
+def _backward_of_halves(grad: torch.Tensor, x: torch.Tensor, form: str) -> torch.Tensor:
+    grad_x = x.new_empty(x.shape)
+    (gate, up), (grad_gate, grad_up) = x.chunk(2, -1), grad_x.chunk(2, -1)
+    _backward(grad, gate, up, grad_gate, grad_up, form)
     return grad_x
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """shape = [rows, 2 * size] -> [rows, size]."""
-    return _forward(x, "silu", _tiling(x.shape[1] // 2))
+    return _of_halves(x, "silu")
 
 
 def silu_and_mul_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """shape = [rows, size], [rows, 2 * size] -> [rows, 2 * size]."""
-    return _backward(grad, x, "silu", _tiling(grad.shape[1]))
+    return _backward_of_halves(grad, x, "silu")
 
 
 def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
     """shape = [rows, 2 * size] -> [rows, size]; gelu's tanh form or its erf form."""
-    form = "gelu_tanh" if tanh else "gelu"
-    return _forward(x, form, _tiling(x.shape[1] // 2))
+    return _of_halves(x, "gelu_tanh" if tanh else "gelu")
 
 
 def gelu_and_mul_backward(
     grad: torch.Tensor, x: torch.Tensor, tanh: bool
 ) -> torch.Tensor:
     """shape = [rows, size], [rows, 2 * size] -> [rows, 2 * size]."""
-    form = "gelu_tanh" if tanh else "gelu"
-    return _backward(grad, x, form, _tiling(grad.shape[1]))
+    return _backward_of_halves(grad, x, "gelu_tanh" if tanh else "gelu")
