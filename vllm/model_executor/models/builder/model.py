@@ -31,6 +31,7 @@ from vllm.model_executor.models.builder.interface import (
     has_vllm_interface,
 )
 from vllm.model_executor.models.builder.loader import EngineLoader
+from vllm.model_executor.models.builder.merged_linears import merge_linears
 from vllm.model_executor.models.builder.servable import check_in_engine
 from vllm.model_executor.models.builder.spec import BuilderSpec
 from vllm.model_executor.parallel_context import ParallelContext
@@ -131,6 +132,8 @@ class BuiltModel(nn.Module):
         if context.pp_size > 1:
             check_takes_hidden_states(self.body.module, self.spec.name)
         refuse_changing_hooks(module)
+        if vllm_config.quant_config is None:  # which may be for some of the layers only
+            merge_linears(module)
         layout = compare_ranks(module, CheckpointLayout.of(module), self.spec.name)
         strict = vllm_config.load_config.load_format != "dummy"
         self.vocab_size = model_config.hf_config.get_text_config().vocab_size

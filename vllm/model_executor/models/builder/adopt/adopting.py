@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vllm.logger import init_logger
+from vllm.model_executor.checkpoint.wrappers import join
 from vllm.model_executor.layers.training import (
     ParallelLMHead,
     TrainingLayer,
@@ -19,6 +20,7 @@ from vllm.model_executor.layers.training import (
 )
 from vllm.model_executor.models.builder.adopt import (
     converting,
+    gated_mlp,
     tensor_parallel,
     torch_attention,
 )
@@ -26,11 +28,17 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AdoptedAttention,
     AttentionSite,
 )
-from vllm.model_executor.models.builder.adopt.probing import Sites, find_attention
+from vllm.model_executor.models.builder.adopt.gated_mlp import GatedMLP
+from vllm.model_executor.models.builder.adopt.probing import Groups, Sites, find_calls
 from vllm.model_executor.models.builder.adopt.report import Row, table
 from vllm.model_executor.models.builder.adopt.wrapping import AdoptedModule, wrap
 from vllm.model_executor.models.builder.convention import CallingConvention
 from vllm.model_executor.models.builder.head import find_head
+from vllm.model_executor.models.builder.merged_linears import (
+    LinearGroup,
+    declare,
+    may_merge,
+)
 from vllm.model_executor.models.builder.spec import BuilderOptions
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -84,16 +92,19 @@ def adopt(
         _use_transformers_interfaces(model)
     convention = CallingConvention.of(model, options, "adopt")
     call = functools.partial(convention.call, model)
-    sites = find_attention(model, call, transformers)
-    if not sites:
+    calls = find_calls(model, call, transformers)
+    if not calls.attention:
         raise ValueError(
             f"forward of {type(model).__name__} calls no attention that can be taken "
             "over. Call torch.nn.functional.scaled_dot_product_attention, or use one "
             "of transformers' attention interfaces."
         )
     plan = _plan(model, tp_plan, context)
+    mlps = gated_mlp.find(model)
     rows = _convert(model, _head_path(model, head), plan, context)
-    rows += _take_over_attention(model, sites, plan, context)
+    rows += _take_over_attention(model, calls.attention, plan, context)
+    rows += _take_over_mlps(model, mlps)
+    rows = _merge_linears(model, calls.linears, mlps, rows)
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(
@@ -229,6 +240,44 @@ def _take_over_attention(
             module.add_module(name, layer)
             rows.append(Row(f"{path}.{name}", "attention", "TrainableAttention"))
     return rows
+
+
+def _take_over_mlps(model: nn.Module, mlps: Mapping[nn.Module, GatedMLP]) -> list[Row]:
+    """Give gated MLPs their activation."""
+    rows = []
+    for path, module in model.named_modules():
+        mlp = mlps.get(module)
+        if mlp is not None:
+            gated_mlp.use(module, mlp)
+            layer = module.get_submodule(gated_mlp.ACTIVATION)
+            name = f"{path}.{gated_mlp.ACTIVATION}"
+            rows.append(Row(name, "gated activation", type(layer).__name__))
+    return rows
+
+
+def _merge_linears(
+    model: nn.Module,
+    groups: Groups,
+    mlps: Mapping[nn.Module, GatedMLP],
+    rows: list[Row],
+) -> list[Row]:
+    """Declare what the engine may merge; returns the rows with notes of it."""
+    notes: dict[str, str] = {}
+    for path, module in model.named_modules():
+        found = groups.get(module, [])
+        if module in mlps:
+            # The activation takes a merged gate and up in this order.
+            inputs = mlps[module].inputs
+            is_called = any({*inputs} <= {*group.names} for group in found)
+            found = [LinearGroup(inputs)] if is_called else []
+        found = [group for group in found if may_merge(module, group.names)]
+        if not found:
+            continue
+        declare(module, found)
+        for group in found:
+            note = f"the engine multiplies by {', '.join(group.names)} at once"
+            notes |= {join(path, name): note for name in group.names}
+    return [row._replace(note=row.note or notes.get(row.path, "")) for row in rows]
 
 
 def _local(site: AttentionSite, path: str, context: ParallelContext) -> AttentionSite:

@@ -131,8 +131,8 @@ def _linear(
     def linear(x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         return F.linear(x, parameters["weight"], parameters.get("bias"))
 
-    if type(module) is not nn.Linear and not _computes(
-        module, linear, _inputs(in_features)
+    if type(module) is not nn.Linear and not computes(
+        module, linear, random_inputs(in_features)
     ):
         return None
     if is_head:
@@ -162,7 +162,7 @@ def _transposed_linear(module: nn.Module, weight: torch.Tensor) -> TrainingLayer
     def linear(x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         return F.linear(x, parameters["weight"].t(), parameters.get("bias"))
 
-    if not _computes(module, linear, _inputs(in_features)):
+    if not computes(module, linear, random_inputs(in_features)):
         return None
     return TransposedLinear(
         in_features, out_features, bias is not None, params_dtype=weight.dtype
@@ -202,7 +202,7 @@ def _embedding_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
 
     shapes = {"weight": (_ROWS, module.embedding_dim)}
     for each in {torch.float32, dtype}:
-        if not _computes(module, formula, ids, each, shapes):
+        if not computes(module, formula, ids, each, shapes):
             return None
     return scale
 
@@ -231,9 +231,9 @@ def _norm(
     for eps in _epsilons(module, weight.dtype):
         for offset in (0.0, 1.0):
             norm = _RMSFormula(eps, offset, weight_in_fp32=True)
-            if not _computes(module, norm, _inputs(size)):
+            if not computes(module, norm, random_inputs(size)):
                 continue
-            is_late = _rounds_late(module, norm, _inputs(size))
+            is_late = _rounds_late(module, norm, random_inputs(size))
             if is_late is None:
                 return None
             return RMSNorm(
@@ -282,19 +282,19 @@ def _rounds_late(module: nn.Module, norm: _RMSFormula, x: torch.Tensor) -> bool 
     """
     for late in (True, False):
         norm.weight_in_fp32 = late
-        if _computes(module, norm, x, torch.bfloat16):
+        if computes(module, norm, x, torch.bfloat16):
             return late
     return None
 
 
-def _inputs(features: int) -> torch.Tensor:
+def random_inputs(features: int) -> torch.Tensor:
     """Random rows, of sizes from 1e-3, where a norm's epsilon counts, to 10."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(_ROWS, features, generator=generator, device="cpu")
     return x * torch.logspace(-3, 1, _ROWS, device="cpu")[:, None]
 
 
-def _computes(
+def computes(
     module: nn.Module,
     formula: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
     x: torch.Tensor,
@@ -348,13 +348,15 @@ def _call(
     training: bool = False,
 ) -> torch.Tensor | None:
     """A module's output with other parameters; None if it is no tensor or it fails."""
-    before = module.training
-    module.training = training
+    before = {part: part.training for part in module.modules()}
+    for part in before:
+        part.training = training
     try:
         with torch.no_grad(), torch.device("cpu"):
             output = torch.func.functional_call(module, parameters, (x,))
     except Exception:
         return None
     finally:
-        module.training = before
+        for part, mode in before.items():
+            part.training = mode
     return output if isinstance(output, torch.Tensor) else None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Where a module calls attention, found by a forward of a few tokens.
+"""What a module calls, found by a forward of a few tokens.
 
 The forward runs on fake tensors, which have shapes and no values: neither the
 module's weights nor the time of a real forward are needed.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,42 +24,68 @@ from torch.overrides import TorchFunctionMode
 
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
+from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
+from vllm.model_executor.models.builder.merged_linears import LinearGroup
 
 _TOKENS = 6
 
 # By calling module, in the order of its calls.
 Sites = dict[nn.Module, list[AttentionSite]]
+Groups = dict[nn.Module, list[LinearGroup]]
 
 
-def find_attention(
+class Calls(NamedTuple):
+    """What a forward calls.
+
+    Attributes:
+        attention: By module, what it asks of attention.
+        linears: By module, children of it that are called with one tensor.
+    """
+
+    attention: Sites
+    linears: Groups
+
+
+def find_calls(
     module: nn.Module,
     call: Callable[[torch.Tensor, torch.Tensor], Any],
     transformers: Any = None,
-) -> Sites:
-    """Every call of attention in a forward.
+) -> Calls:
+    """Every call of attention in a forward, and linear layers of one input.
 
     Args:
         module: Any module, also one on the meta device.
         call: Calls it with packed token ids and positions, shape = [num_tokens].
         transformers: `transformers_attention`, for one of transformers' models.
 
-    Returns:
-        What each module asks for, in the order of its calls.
-
     Raises:
         ValueError: Attention is called in a way that cannot be trained and served.
     """
+    try:
+        return _find_calls(module, call, transformers, contiguous=False)
+    except ValueError:
+        # Columns of a merged product are apart, which a `view` may not allow.
+        return _find_calls(module, call, transformers, contiguous=True)
+
+
+def _find_calls(
+    module: nn.Module,
+    call: Callable[[torch.Tensor, torch.Tensor], Any],
+    transformers: Any,
+    contiguous: bool,
+) -> Calls:
     sites: Sites = {}
     paths = {part: path for path, part in module.named_modules()}
 
     def record(caller: nn.Module, site: AttentionSite) -> None:
         sites.setdefault(caller, []).append(site)
 
-    with _running_modules() as running, _paths_in_errors(running, paths):
+    linears = LinearCalls(module, contiguous)
+    with _running_modules(linears) as running, _paths_in_errors(running, paths):
         recorded = transformers.recorded(module, record) if transformers else None
-        with recorded or nullcontext(), _Recorder(running, record):
+        with recorded or nullcontext(), _Recorder(running, record, linears):
             _run_on_fake_tensors(module, call)
-    return sites
+    return Calls(sites, linears.groups())
 
 
 class _Recorder(TorchFunctionMode):
@@ -69,15 +95,18 @@ class _Recorder(TorchFunctionMode):
         self,
         running: list[nn.Module],
         record: Callable[[nn.Module, AttentionSite], None],
+        linears: LinearCalls,
     ) -> None:
         super().__init__()
-        self.running, self.record = running, record
+        self.running, self.record, self.linears = running, record, linears
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
+            if self.running:
+                self.linears.use(self.running[-1], (*args, *kwargs.values()))
             return func(*args, **kwargs)
         site, _ = torch_attention.read_call(*args, **kwargs)
         self.record(self.running[-1], site)
@@ -119,15 +148,17 @@ class _Caller(nn.Module):
 
 
 @contextmanager
-def _running_modules() -> Iterator[list[nn.Module]]:
+def _running_modules(linears: LinearCalls) -> Iterator[list[nn.Module]]:
     """The modules whose forwards run now, the innermost last."""
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, args: Any) -> None:
+        linears.enter(module, running[-1] if running else None, args)
         running.append(module)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
         running.pop()
+        return linears.leave(module, output)
 
     handles = [
         register_module_forward_pre_hook(enter),

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vllm.model_executor.determinism.functions import batch_invariant_functions
+from vllm.model_executor.models.builder.adopt import gated_mlp
 from vllm.model_executor.models.builder.adopt.torch_attention import (
     AttentionCalls,
     site_name,
@@ -48,6 +49,8 @@ def _make_class(cls: type[nn.Module]) -> type[AdoptedModule]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if gated_mlp.ACTIVATION in self._modules and len(args) + len(kwargs) == 1:
+            return gated_mlp.forward(self, *args, *kwargs.values())
         calls = AttentionCalls(self) if site_name(0) in self._modules else nullcontext()
         with batch_invariant_functions(), calls:
             return original(self, *args, **kwargs)
