@@ -101,6 +101,7 @@ def compare(
     loads: Sequence[Load],
     repetitions: int,
     poll: bool,
+    rounds: int = len(_ORDERS),
 ) -> list[list[list[float]]]:
     """Tokens per second of each engine for each load in each round.
 
@@ -115,13 +116,14 @@ def compare(
         repetitions: of a load in each round.
         poll: whether an idle engine polls, as one with workers does. With GPUs they
             share the cores out then, without they run one after the other.
+        rounds: how often each engine is started; even.
 
     Returns:
         `[engine][load][round]`, medians of the repetitions.
     """
     rates: dict[Command, list[list[float]]] = {engine: [] for engine in engines}
     one_by_one = poll and not torch.cuda.is_available()
-    for order in _ORDERS:
+    for order in _ORDERS[:rounds]:
         ordered = engines[::order]
         for group in [[each] for each in ordered] if one_by_one else [ordered]:
             with _started(group, poll) as started:

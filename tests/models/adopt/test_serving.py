@@ -10,6 +10,10 @@ from tests.models.adopt.families import CONFIGS, make
 from vllm import ModelRegistry, SamplingParams, training
 from vllm.training import parity
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# On CUDA these need the backend that is batch-invariant with windows.
+WITH_WINDOWS = ("gemma2", "gemma3", "gpt_oss")
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 
 
@@ -24,21 +28,33 @@ def assert_greedy_tokens(model, llm, tolerance):
     for prompt, output in zip(PROMPTS, llm.generate(prompts, sampling)):
         tokens = prompt + list(output.outputs[0].token_ids)
         with torch.no_grad():
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+            logits = (
+                model(torch.tensor([tokens], device=DEVICE), use_cache=False)
+                .logits[0]
+                .float()
+            )
         for place in range(len(prompt), len(tokens)):
             row = logits[place - 1]
             assert row[tokens[place]] >= row.max() - tolerance
 
 
+@pytest.mark.parametrize("eager", [True, False] if CUDA else [True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_same_bits(make_llm, tmp_path, monkeypatch, family, dtype):
+def test_same_bits(make_llm, tmp_path, monkeypatch, family, dtype, eager):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    original = make(family, getattr(torch, dtype))
+    original = make(family, getattr(torch, dtype)).to(DEVICE)
     original.save_pretrained(tmp_path)
     ModelRegistry.register_model(type(original).__name__, build)
-    llm = make_llm(tmp_path, dtype=dtype, max_model_len=64)
+    options, implementation = {}, None
+    if CUDA and (dtype == "float32" or family in WITH_WINDOWS):
+        options = {"attention_config": {"backend": "TRITON_ATTN"}}
+        implementation = "vllm_triton"
+    llm = make_llm(
+        tmp_path, dtype=dtype, max_model_len=64, enforce_eager=eager, **options
+    )
     assert_greedy_tokens(original, llm, 1e-4 if dtype == "float32" else 0.06)
     trainer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    report = parity.check(llm, training.adopt(trainer), PROMPTS, max_tokens=12)
+    trainer = training.adopt(trainer.to(DEVICE), implementation=implementation)
+    report = parity.check(llm, trainer, PROMPTS, max_tokens=12)
     assert report.all_equal, report

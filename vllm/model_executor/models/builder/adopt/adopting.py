@@ -102,7 +102,7 @@ def adopt(
     plan = _plan(model, tp_plan, context)
     mlps = gated_mlp.find(model)
     rows = _convert(model, _head_path(model, head), plan, context)
-    rows += _take_over_attention(model, calls.attention, plan, context)
+    rows += _take_over_attention(model, calls.attention, plan, context, implementation)
     rows += _take_over_mlps(model, mlps)
     rows = _merge_linears(model, calls.linears, mlps, rows)
     left = [row for row in rows if not row.after]
@@ -222,6 +222,7 @@ def _take_over_attention(
     sites: Sites,
     plan: tensor_parallel.Plan,
     context: ParallelContext,
+    implementation: str | None,
 ) -> list[Row]:
     """Give each call of attention its layer."""
     rows = []
@@ -236,7 +237,7 @@ def _take_over_attention(
             name = torch_attention.site_name(index)
             if name in vars(module) or name in module._modules:
                 raise ValueError(f"{path} has an attribute {name} of its own.")
-            layer = AdoptedAttention(site, module, own)
+            layer = AdoptedAttention(site, module, own, implementation)
             module.add_module(name, layer)
             rows.append(Row(f"{path}.{name}", "attention", "TrainableAttention"))
     return rows

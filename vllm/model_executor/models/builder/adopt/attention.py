@@ -109,10 +109,15 @@ class AdoptedAttention(TrainableAttention):
         site: What the call asks for.
         owner: The module that calls it.
         parallel_context: The heads of `site` are those of one of its ranks.
+        implementation: As for `TrainableAttention`.
     """
 
     def __init__(
-        self, site: AttentionSite, owner: nn.Module, parallel_context: ParallelContext
+        self,
+        site: AttentionSite,
+        owner: nn.Module,
+        parallel_context: ParallelContext,
+        implementation: str | None = None,
     ) -> None:
         super().__init__(
             site.num_heads,
@@ -121,6 +126,7 @@ class AdoptedAttention(TrainableAttention):
             site.num_kv_heads,
             sliding_window=site.sliding_window,
             logits_soft_cap=site.logits_soft_cap,
+            implementation=implementation,
             parallel_context=parallel_context,
         )
         self.site = site
