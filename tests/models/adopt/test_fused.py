@@ -270,6 +270,17 @@ def test_the_engine_has_the_trainers_products(dtype, in_mode, merged, vllm_confi
         assert product.left == () and product.x is None
 
 
+def test_a_merged_layer_is_where_its_layers_were(vllm_config):
+    """The first parameter of a model may be one: it tells where the model is."""
+    mlp = adopted(mlp=Twice).mlp
+    merge_linears(mlp)
+    assert [name for name, _ in mlp.named_parameters()] == [
+        "inner.a_b.weight",
+        "inner.a_b.bias",
+    ]
+    assert {p.device.type for p in mlp.parameters()} == {"cpu"}
+
+
 def test_calls_out_of_turn_are_refused(vllm_config):
     attention = engine_of(adopted(), vllm_config)[0].attention
     x, other = torch.randn(2, 1, 3, WIDTH).unbind()

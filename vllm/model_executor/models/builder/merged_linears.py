@@ -84,8 +84,8 @@ def merge_linears(module: nn.Module) -> None:
     """Merge what has been declared, in place, before the engine binds its layers.
 
     The merged layer is a `MergedColumnParallelLinear` whose parts are named after the
-    layers, so a checkpoint's tensors are loaded into it as into any such layer. It has
-    no memory until it is bound.
+    layers, so a checkpoint's tensors are loaded into it as into any such layer. It is
+    not initialised.
 
     Args:
         module: Built inside an engine process.
@@ -104,7 +104,7 @@ def merge_linears(module: nn.Module) -> None:
 def _merge(owner: nn.Module, group: LinearGroup) -> None:
     layers: list[Any] = [owner.get_submodule(name) for name in group.names]
     first = layers[0]
-    with skip_init(), torch.device("meta"):
+    with skip_init(), first.weight.device:
         merged = MergedColumnParallelLinear(
             first.input_size,
             [layer.output_size for layer in layers],

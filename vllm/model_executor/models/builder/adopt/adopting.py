@@ -61,6 +61,7 @@ def adopt(
     Modules that compute what a training layer computes become that layer, and calls of
     attention go to a `TrainableAttention`. The model stays the same object; names of
     parameters, state dicts and checkpoints stay the same, and weights are not copied.
+    In an engine without quantization, linear layers of one input are one product.
     A table of what became of each module is logged. Calling it again changes nothing.
 
     Args:
