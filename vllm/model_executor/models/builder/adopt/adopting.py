@@ -54,6 +54,7 @@ def adopt(
     positions: str | None = None,
     tp_plan: Mapping[str, str] | None = None,
     parallel_context: ParallelContext | None = None,
+    implementation: str | None = None,
     strict: bool = False,
 ) -> Model:
     """Make a model trainable and servable with the same bits, as it is.
@@ -75,6 +76,8 @@ def adopt(
         parallel_context: What layers are sharded by; `ParallelContext.current()` where
             vLLM's groups exist, else a single process. With more than one rank, a
             model with weights holds this rank's shards afterwards.
+        implementation: Name of an implementation of attention outside the engine, see
+            `TrainableAttention`; for an engine with another backend than the default.
         strict: Raise if a module is left that has a weight.
 
     Returns:
