@@ -140,6 +140,18 @@ def test_meta_device_and_a_checkpoint(pair, tmp_path):
     torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
+def test_another_default_device(pair):
+    """As in an engine on CUDA, which builds models under its device."""
+    model, adopted = pair
+    again = copy.deepcopy(model)
+    with torch.device("meta"):
+        training.adopt(again)
+    assert again.adoption == adopted.adoption
+    ids = _ids(1, 7)
+    expected = adopted(ids, use_cache=False).logits
+    assert torch.equal(again(ids, use_cache=False).logits, expected)
+
+
 def test_activation_checkpointing(pair):
     _, adopted = pair
     model = copy.deepcopy(adopted).train()

@@ -353,7 +353,9 @@ def _call(
         part.training = training
     try:
         with torch.no_grad(), torch.device("cpu"):
-            output = torch.func.functional_call(module, parameters, (x,))
+            buffers = {name: b.cpu() for name, b in module.named_buffers()}
+            tensors = {**buffers, **parameters}
+            output = torch.func.functional_call(module, tensors, (x,))
     except Exception:
         return None
     finally:

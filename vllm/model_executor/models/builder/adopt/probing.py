@@ -117,7 +117,9 @@ class _Recorder(TorchFunctionMode):
 def _run_on_fake_tensors(
     module: nn.Module, call: Callable[[torch.Tensor, torch.Tensor], Any]
 ) -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    # In an engine, torch's default device is not the CPU.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.device("cpu"), torch.no_grad():
         tensors = {
             f"module.{name}": torch.empty_strided(
                 t.shape, t.stride(), dtype=t.dtype, device="cpu"
