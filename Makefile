@@ -22,13 +22,14 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_NO_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-gpu test-upstream stack parity parity-gpu bench lint docs clean
+.PHONY: help setup demo test test-gpu test-models test-upstream stack parity parity-gpu bench lint docs clean
 
 help:
 	@echo "make setup          .venv with the patched vLLM"
 	@echo "make demo           train, serve and compare on real text"
 	@echo "make test           the test-suite"
 	@echo "make test-gpu       the tests that use GPUs, on as many as there are"
+	@echo "make test-models    every family of models, adopted, trained and served"
 	@echo "make parity         trainer and engine bit for bit, in build/parity"
 	@echo "make parity-gpu     the same on a GPU, with a model of 1B parameters"
 	@echo "make test-upstream  vLLM's own tests, patched against unpatched"
@@ -79,6 +80,9 @@ test-gpu: setup
 	@$(NEEDS_CUDA)
 	$(PY) -m pytest -q --durations=10 tests/model_executor tests/models tests/parity \
 	  tests/training
+
+test-models: setup
+	$(PY) -m pytest -q --durations=10 -n 2 --dist loadfile tests/models/adopt --all-models
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements
 	$(PY) tools/test_upstream.py

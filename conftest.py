@@ -26,6 +26,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 forks.install()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-models` asks for all families of models, not a few."""
+    parser.addoption("--all-models", action="store_true")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of few tests come first.
 

@@ -18,7 +18,7 @@ class NanoConfig:
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_attention_heads: int = 2
-    max_position_embeddings: int = 128
+    max_position_embeddings: int = 96
     tie_word_embeddings: bool = True
 
 
@@ -81,10 +81,6 @@ class NanoGPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class RotaryConfig(NanoConfig):
-    pass
 
 
 class RMS(nn.Module):

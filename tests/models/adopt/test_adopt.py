@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.models.adopt.families import CONFIGS, VOCABULARY, make
+from tests.models.adopt.families import VOCABULARY, make
 from vllm import training
 from vllm.model_executor.layers.training import TrainableAttention, TrainingLayer
 
@@ -17,10 +17,10 @@ from vllm.model_executor.layers.training import TrainableAttention, TrainingLaye
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
-def pair(request):
+@pytest.fixture(scope="module")
+def pair(family):
     """A model and the same one adopted."""
-    model = make(request.param)
+    model = make(family)
     return model, training.adopt(copy.deepcopy(model))
 
 

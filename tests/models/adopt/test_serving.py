@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.models.adopt.families import CONFIGS, make
+from tests.models.adopt.families import make
 from vllm import ModelRegistry, SamplingParams, training
 from vllm.training import parity
 
@@ -39,9 +39,8 @@ def assert_greedy_tokens(model, llm, tolerance):
 
 
 @pytest.mark.parametrize("eager", [True, False] if CUDA else [True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_same_bits(make_llm, tmp_path, monkeypatch, family, dtype, eager):
+def test_same_bits(make_llm, tmp_path, monkeypatch, family_and_dtype, eager):
+    family, dtype = family_and_dtype
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     original = make(family, getattr(torch, dtype)).to(DEVICE)
     original.save_pretrained(tmp_path)

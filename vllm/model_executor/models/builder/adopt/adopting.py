@@ -13,6 +13,8 @@ from torch import nn
 
 from vllm.logger import init_logger
 from vllm.model_executor.checkpoint.wrappers import join
+from vllm.model_executor.determinism.mode import is_batch_invariant
+from vllm.model_executor.determinism.probes import BatchInvarianceError
 from vllm.model_executor.layers.training import (
     ParallelLMHead,
     TrainingLayer,
@@ -29,7 +31,12 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AttentionSite,
 )
 from vllm.model_executor.models.builder.adopt.gated_mlp import GatedMLP
-from vllm.model_executor.models.builder.adopt.probing import Groups, Sites, find_calls
+from vllm.model_executor.models.builder.adopt.probing import (
+    Calls,
+    Groups,
+    Sites,
+    find_calls,
+)
 from vllm.model_executor.models.builder.adopt.report import Row, table
 from vllm.model_executor.models.builder.adopt.wrapping import AdoptedModule, wrap
 from vllm.model_executor.models.builder.convention import CallingConvention
@@ -84,6 +91,8 @@ def adopt(
         The model itself.
 
     Raises:
+        BatchInvarianceError: In batch-invariant mode, the model calls a function of
+            torch that has no batch-invariant form.
         ValueError: Attention that cannot be trained and served, or a plan that does
             not fit; with `strict`, a module that is left.
     """
@@ -103,6 +112,7 @@ def adopt(
             "over. Call torch.nn.functional.scaled_dot_product_attention, or use one "
             "of transformers' attention interfaces."
         )
+    unknown = _unknown(model, calls)
     plan = _plan(model, tp_plan, context)
     mlps = gated_mlp.find(model)
     rows = _convert(model, _head_path(model, head), plan, context)
@@ -120,9 +130,30 @@ def adopt(
     for module in list(model.modules()):
         if _runs_own_code(module):
             wrap(module)
-    vars(model)["adoption"] = table(rows)
+    vars(model)["adoption"] = table(rows + unknown)
     logger.info("Adopted %s:\n%s", type(model).__name__, vars(model)["adoption"])
     return model
+
+
+def _unknown(model: nn.Module, calls: Calls) -> list[Row]:
+    """What has no batch-invariant form.
+
+    Raises:
+        BatchInvarianceError: There is such a function, in batch-invariant mode.
+    """
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
+    rows = [
+        Row(path, kinds[path], "", f"calls {function}, which is not batch-invariant")
+        for path, function in calls.unknown
+    ]
+    if rows and is_batch_invariant():
+        raise BatchInvarianceError(
+            f"{type(model).__name__} calls functions of torch for which "
+            "batch-invariant mode has no kernel, so its results would depend on the "
+            f"other requests of a batch:\n{table(rows)}\nCompute them from other "
+            "functions, or leave the mode off."
+        )
+    return rows
 
 
 def _transformers_attention(model: nn.Module) -> ModuleType | None:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from vllm.model_executor.determinism.row_independence import UnknownFunctions
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
@@ -40,10 +41,13 @@ class Calls(NamedTuple):
     Attributes:
         attention: By module, what it asks of attention.
         linears: By module, children of it that are called with one tensor.
+        unknown: Path of a module and the function of torch that it calls, where a
+            token's row may depend on the batch.
     """
 
     attention: Sites
     linears: Groups
+    unknown: tuple[tuple[str, str], ...]
 
 
 def find_calls(
@@ -80,12 +84,19 @@ def _find_calls(
     def record(caller: nn.Module, site: AttentionSite) -> None:
         sites.setdefault(caller, []).append(site)
 
+    unknown: dict[tuple[str, str], None] = {}
+
+    def report(function: str, op: str) -> None:
+        inside = [paths[part] for part in running if part in paths]
+        unknown[inside[-1] if inside else "", f"{function} ({op})"] = None
+
     linears = LinearCalls(module, contiguous)
     with _running_modules(linears) as running, _paths_in_errors(running, paths):
         recorded = transformers.recorded(module, record) if transformers else None
-        with recorded or nullcontext(), _Recorder(running, record, linears):
+        recorder = _Recorder(running, record, linears)
+        with recorded or nullcontext(), UnknownFunctions(report), recorder:
             _run_on_fake_tensors(module, call)
-    return Calls(sites, linears.groups())
+    return Calls(sites, linears.groups(), tuple(unknown))
 
 
 class _Recorder(TorchFunctionMode):

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which families of models are tested: a few, or all with `--all-models`."""
+
+import pytest
+
+from tests.models.adopt.families import CONFIGS
+
+# What differs most: windows, a scaled and tied embedding and Gemma's norms; learned
+# positions and transposed weights; sinks, experts and biases.
+FEW = ("gemma3", "gpt2", "gpt_oss")
+# In an engine: capped logits too.
+FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat16"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--all-models")
+    if "family_and_dtype" in metafunc.fixturenames:
+        dtypes = ("float32", "bfloat16")
+        whole = [(family, dtype) for family in sorted(CONFIGS) for dtype in dtypes]
+        chosen = whole if every else FEW_SERVED
+        metafunc.parametrize("family_and_dtype", chosen, ids="-".join)
+    elif "family" in metafunc.fixturenames:
+        chosen = sorted(CONFIGS) if every else FEW
+        metafunc.parametrize("family", chosen, scope="module")
