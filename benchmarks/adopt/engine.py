@@ -129,6 +129,7 @@ def row(
         flush=True,
     )
     return {
+        "group": "An adopted model in the engine",
         "case": f"{model} {where}, {load}",
         "unit": "tokens/s",
         "ours": median(adopted),

@@ -100,6 +100,7 @@ def main() -> None:
         peak_memory_gib=peaks,
         results=[
             {
+                "group": "A training step of transformers' Llama",
                 "case": f"{BATCH}×{SEQ} tokens",
                 "unit": "ms",
                 "ours": ours,
