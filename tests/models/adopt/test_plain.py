@@ -164,3 +164,12 @@ def test_a_model_without_attention():
 
     with pytest.raises(ValueError, match="calls no attention that can be taken over"):
         training.adopt(NoAttention())
+
+
+def test_modules_with_hooks_stay():
+    model = NanoGPT(CONFIG)
+    model.h[0].c_fc.register_full_backward_hook(lambda *_: None)
+    training.adopt(model)
+    assert type(model.h[0].c_fc) is nn.Linear
+    assert "it has hooks" in model.adoption
+    assert model.h[1].c_fc.out_features == 256

@@ -139,6 +139,7 @@ class VocabParallelEmbedding(_VocabParallel):
         embedding_dim: Size of an embedding.
         scale: Factor on the embeddings, rounded to their dtype; Gemma has
             sqrt(embedding_dim).
+        padding_idx: A token whose row gets no gradient; None: there is none.
         params_dtype: Dtype of the weight; torch's default dtype if None.
         sequence_parallel: Return this rank's slice of the tokens, the last dim of the
             ids. In the engine all tokens are returned.
@@ -154,6 +155,7 @@ class VocabParallelEmbedding(_VocabParallel):
         embedding_dim: int,
         *,
         scale: float = 1.0,
+        padding_idx: int | None = None,
         params_dtype: torch.dtype | None = None,
         sequence_parallel: bool = False,
         parallel_context: ParallelContext | None = None,
@@ -166,6 +168,7 @@ class VocabParallelEmbedding(_VocabParallel):
             parallel_context,
         )
         self.scale = float(scale)
+        self.padding_idx = padding_idx
         self._initialise()
 
     def reset_parameters(self) -> None:
@@ -217,8 +220,12 @@ class VocabParallelEmbedding(_VocabParallel):
         return reduce_from_group(output, self.parallel_context)
 
     def _look_up(self, rows: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        padding_row = None
+        if self.padding_idx is not None:
+            row = self.padding_idx - self.vocab_start_index
+            padding_row = row if 0 <= row < len(self.weight) else None
         try:
-            return F.embedding(rows, self.weight)
+            return F.embedding(rows, self.weight, padding_row)
         except IndexError:
             last = self.num_embeddings - 1
             unknown = input_ids[(input_ids < 0) | (input_ids > last)]

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm.logger import init_logger
 from vllm.model_executor.checkpoint.wrappers import join
@@ -93,11 +94,17 @@ def adopt(
     Raises:
         BatchInvarianceError: In batch-invariant mode, the model calls a function of
             torch that has no batch-invariant form.
-        ValueError: Attention that cannot be trained and served, or a plan that does
-            not fit; with `strict`, a module that is left.
+        ValueError: Attention that cannot be trained and served, a plan that does not
+            fit, or parameters that are sharded already; with `strict`, a module that
+            is left.
     """
     if getattr(model, "adoption", None) is not None:
         return model
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has parameters that are DTensors. Adopt the model "
+            "first, then call fully_shard or parallelize_module."
+        )
     options = BuilderOptions(head=head, positions=positions)
     context = parallel_context or ParallelContext.current_or_single()
     transformers = _transformers_attention(model)

@@ -39,11 +39,20 @@ from vllm.model_executor.op_library import SUPPORTED_DTYPES
 from vllm.model_executor.parallel_context import ParallelContext
 
 _ROWS = 5
+# Hooks besides those of the forward.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module must stay as it is; None if it may be converted."""
-    if runs_own_forward(module):
+    if runs_own_forward(module) or any(getattr(module, name) for name in _HOOKS):
         return "it has hooks or a forward of its own"
     if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
         return "its buffers are on the meta device, without values"
@@ -96,6 +105,10 @@ def converted(
         parameter = module._parameters[name]
         assert parameter is not None
         setattr(layer, name, _shard_of(parameter, shardings[name], layer))
+    for name, value in vars(module).items():
+        # What the model's code may read, such as in_features.
+        if not name.startswith("_") and not hasattr(layer, name):
+            setattr(layer, name, value)
     return layer.train(module.training)
 
 
@@ -183,6 +196,7 @@ def _embedding(
     return VocabParallelEmbedding(
         *weight.shape,
         scale=scale,
+        padding_idx=module.padding_idx,
         params_dtype=weight.dtype,
         parallel_context=context,
     )
