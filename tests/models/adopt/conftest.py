@@ -14,7 +14,7 @@ FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = metafunc.config.getoption("--all-models")
+    every = metafunc.config.getoption("--all-models", default=False)
     if "family_and_dtype" in metafunc.fixturenames:
         dtypes = ("float32", "bfloat16")
         whole = [(family, dtype) for family in sorted(CONFIGS) for dtype in dtypes]

@@ -238,12 +238,11 @@ class VocabParallelEmbedding(_VocabParallel):
             ) from None
 
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-        return EngineEmbedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            scale=self.scale,
-            **self._engine_arguments(vllm_config, prefix),
-        )
+        sizes = (self.num_embeddings, self.embedding_dim)
+        options = self._engine_arguments(vllm_config, prefix)
+        if self.scale == 1:
+            return vllm_internals.VocabParallelEmbedding(*sizes, **options)
+        return EngineEmbedding(*sizes, scale=self.scale, **options)
 
     def extra_repr(self) -> str:
         scale = f", scale={self.scale}" if self.scale != 1 else ""
