@@ -33,6 +33,7 @@ from vllm.model_executor.layers.training import (
     SplitSequence,
     TrainableAttention,
     TrainingLayer,
+    TransposedLinear,
     VLLMFlashAttention,
     VocabParallelEmbedding,
     full_logprobs,
@@ -75,6 +76,10 @@ LAYERS = {
     ),
     QKVParallelLinear: (
         lambda dtype: QKVParallelLinear(SIZE, 4, 4, 2, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    TransposedLinear: (
+        lambda dtype: TransposedLinear(SIZE, 12, params_dtype=dtype),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
     VocabParallelEmbedding: (
@@ -271,6 +276,7 @@ LINEAR = [
     RowParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    TransposedLinear,
     ParallelLMHead,
 ]
 
