@@ -150,6 +150,8 @@ def test_strict():
     model = NanoGPT(CONFIG)
     with pytest.raises(ValueError, match="strict=True(.|\n)*wpe.*Embedding"):
         training.adopt(model, strict=True)
+    assert type(model.h[0].c_fc) is nn.Linear  # nothing was changed
+    assert model.lm_head.weight is model.wte.weight
 
 
 def test_a_model_without_attention():

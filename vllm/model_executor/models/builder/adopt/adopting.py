@@ -122,16 +122,22 @@ def adopt(
     unknown = _unknown(model, calls)
     plan = _plan(model, tp_plan, context)
     mlps = gated_mlp.find(model)
-    rows = _convert(model, _head_path(model, head), plan, context)
-    rows += _take_over_attention(model, calls.attention, plan, context, implementation)
-    rows += _take_over_mlps(model, mlps)
-    rows = _merge_linears(model, calls.linears, mlps, rows)
+    rows, layers = _conversions(model, _head_path(model, head), plan, context)
+    layers += _attention_layers(model, calls.attention, plan, context, implementation)
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(
             f"adopt(..., strict=True) leaves modules of {type(model).__name__} as "
             f"they are:\n{table(left)}"
         )
+    # From here on nothing raises: a model that is refused stays as it was.
+    for path, layer in layers:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+        if isinstance(layer, AdoptedAttention):
+            rows.append(Row(path, "attention", "TrainableAttention"))
+    rows += _take_over_mlps(model, mlps)
+    rows = _merge_linears(model, calls.linears, mlps, rows)
     if transformers is not None:
         transformers.use_training_layers(model)
     for module in list(model.modules()):
@@ -210,13 +216,14 @@ def _plan(
     return tensor_parallel.Plan(model, styles)
 
 
-def _convert(
+def _conversions(
     model: nn.Module,
     head: str | None,
     plan: tensor_parallel.Plan,
     context: ParallelContext,
-) -> list[Row]:
-    """Put training layers in the place of what computes the same."""
+) -> tuple[list[Row], list[tuple[str, nn.Module]]]:
+    """The training layers that compute what modules compute, with their paths."""
+    layers: list[tuple[str, nn.Module]] = []
     vocabulary = None if head is None else _rows(model.get_submodule(head))
     rows: list[Row] = []
     replacements: dict[int, TrainingLayer | None] = {}
@@ -246,12 +253,11 @@ def _convert(
                 heads.append((module.weight, layer))
         layer = replacements[id(module)]
         if layer is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, layer)
+            layers.append((path, layer))
     for weight, layer in heads:
         if id(weight) in embeddings:
             layer.tie_weights(embeddings[id(weight)])
-    return rows
+    return rows, layers
 
 
 def _rows(module: nn.Module) -> int | None:
@@ -259,15 +265,15 @@ def _rows(module: nn.Module) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def _take_over_attention(
+def _attention_layers(
     model: nn.Module,
     sites: Sites,
     plan: tensor_parallel.Plan,
     context: ParallelContext,
     implementation: str | None,
-) -> list[Row]:
-    """Give each call of attention its layer."""
-    rows = []
+) -> list[tuple[str, nn.Module]]:
+    """A layer for each call of attention, with its path."""
+    layers: list[tuple[str, nn.Module]] = []
     paths = {module: path for path, module in model.named_modules()}
     for module, calls in sites.items():
         path = paths[module]
@@ -280,9 +286,8 @@ def _take_over_attention(
             if name in vars(module) or name in module._modules:
                 raise ValueError(f"{path} has an attribute {name} of its own.")
             layer = AdoptedAttention(site, module, own, implementation)
-            module.add_module(name, layer)
-            rows.append(Row(f"{path}.{name}", "attention", "TrainableAttention"))
-    return rows
+            layers.append((join(path, name), layer))
+    return layers
 
 
 def _take_over_mlps(model: nn.Module, mlps: Mapping[nn.Module, GatedMLP]) -> list[Row]:
