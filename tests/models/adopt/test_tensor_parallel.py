@@ -67,6 +67,7 @@ def test_a_model_without_a_plan_is_held_whole(caplog_vllm):
         ("mixtral", None, 2, "style 'packed_colwise' .* is not supported"),
         ("qwen3", None, 4, "2 key/value heads cannot be sharded across 4 ranks"),
         ("qwen3", {"model.layers.*.mlp.up_proj": "diagonal"}, 2, "'diagonal'"),
+        ("qwen3", {"layers.*.mlp.up_proj": "colwise"}, 2, "has no such module"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(kind, plan, tp_size, message):

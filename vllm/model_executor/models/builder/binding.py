@@ -80,10 +80,10 @@ def bind_engine_layers(
             continue
         if id(layer) not in replacements:
             replacement = layer.bind_engine(vllm_config, name)
-            _copy_attributes(layer, replacement)
+            copy_attributes(layer, replacement)
             replacements[id(layer)] = replacement
         if replacements[id(layer)] is not layer:
-            _set_submodule(module, path, replacements[id(layer)])
+            module.set_submodule(path, replacements[id(layer)])
     for first, *others in tied:
         parameter = module.get_parameter(first)
         for other in others:
@@ -97,7 +97,7 @@ def _has_engine_layer(layer: TrainingLayer) -> bool:
     return is_ours and not runs_own_forward(layer)
 
 
-def _copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:
+def copy_attributes(layer: nn.Module, replacement: nn.Module) -> None:
     """Give the replacement the public attributes of the layer that it lacks."""
     for name, value in vars(layer).items():
         if not name.startswith("_") and not hasattr(replacement, name):
@@ -133,8 +133,3 @@ def _tied_parameters(module: nn.Module) -> list[list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _set_submodule(root: nn.Module, path: str, replacement: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, replacement)

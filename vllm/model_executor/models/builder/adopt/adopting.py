@@ -130,10 +130,9 @@ def adopt(
             f"adopt(..., strict=True) leaves modules of {type(model).__name__} as "
             f"they are:\n{table(left)}"
         )
-    # From here on nothing raises: a model that is refused stays as it was.
+    # From here on nothing raises: a model that is refused keeps its modules.
     for path, layer in layers:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        model.set_submodule(path, layer)
         if isinstance(layer, AdoptedAttention):
             rows.append(Row(path, "attention", "TrainableAttention"))
     rows += _take_over_mlps(model, mlps)
@@ -213,7 +212,14 @@ def _plan(
             type(model).__name__,
             context.tp_size,
         )
-    return tensor_parallel.Plan(model, styles)
+    plan = tensor_parallel.Plan(model, styles)
+    if given is not None and plan.unmatched:
+        raise ValueError(
+            f"tp_plan names {', '.join(map(repr, plan.unmatched))}, and "
+            f"{type(model).__name__} has no such module. Give paths from the model, "
+            "in which * stands for one component, such as 'model.layers.*.mlp.up_proj'."
+        )
+    return plan
 
 
 def _conversions(

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.training import (
 from vllm.model_executor.layers.training.base import runs_own_forward
 from vllm.model_executor.layers.training.engine_layers import scaled
 from vllm.model_executor.models.builder.adopt import tensor_parallel
+from vllm.model_executor.models.builder.binding import copy_attributes
 from vllm.model_executor.op_library import SUPPORTED_DTYPES
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -105,10 +106,8 @@ def converted(
         parameter = module._parameters[name]
         assert parameter is not None
         setattr(layer, name, _shard_of(parameter, shardings[name], layer))
-    for name, value in vars(module).items():
-        # What the model's code may read, such as in_features.
-        if not name.startswith("_") and not hasattr(layer, name):
-            setattr(layer, name, value)
+    # The model's code may read them, such as in_features.
+    copy_attributes(module, layer)
     return layer.train(module.training)
 
 

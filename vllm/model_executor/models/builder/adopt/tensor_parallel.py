@@ -59,13 +59,18 @@ class Plan:
         model: The model.
         styles: By path, in which `*` stands for one component.
 
+    Attributes:
+        unmatched: What no module has the path of. transformers' plans name modules
+            that some configs leave out.
+
     Raises:
-        ValueError: A style that is not known, or a path that no module has.
+        ValueError: A style is not known.
     """
 
     def __init__(self, model: nn.Module, styles: Mapping[str, str]) -> None:
         paths = [path for path, _ in model.named_modules()]
         self.styles: dict[str, str] = {}
+        self.unmatched: list[str] = []
         for pattern, style in styles.items():
             if style not in STYLES:
                 raise ValueError(
@@ -80,6 +85,8 @@ class Plan:
             )
             matches = [path for path in paths if re.fullmatch(expression, path)]
             self.styles |= dict.fromkeys(matches, style)
+            if not matches:
+                self.unmatched.append(pattern)
 
     def style(self, path: str) -> str | None:
         """The style of the module at a path; None: every rank holds it whole."""

@@ -5,10 +5,11 @@
 transformers looks up the function that computes attention, and the function that makes
 its mask, under the name in `config._attn_implementation`. Three names are used:
 
-- `IN_TRAINER`: sequences are told apart as the mask function does for padded and packed
-  tokens, and attention is computed by the module's `AdoptedAttention`.
-- `IN_ENGINE`: the same, without a mask: the engine knows which tokens form a request.
-- that of `recorded`: nothing is computed; the calls are recorded.
+- `IN_TRAINER`: the module's `AdoptedAttention` computes attention within each
+  sequence. The mask function finds the sequences in padded and packed tokens.
+- `IN_ENGINE`: the same without a mask function, because the engine knows which tokens
+  form a request.
+- `_RECORDER`, inside `recorded`: calls are recorded and nothing is computed.
 """
 
 from __future__ import annotations
