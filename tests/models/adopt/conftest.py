@@ -11,6 +11,8 @@ from tests.models.adopt.families import CONFIGS
 FEW = ("gemma3", "gpt2", "gpt_oss")
 # In an engine: capped logits too.
 FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat16"))
+# In an engine of two ranks: experts.
+FEW_SHARDED = (("mixtral", "bfloat16"),)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,6 +22,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         whole = [(family, dtype) for family in sorted(CONFIGS) for dtype in dtypes]
         chosen = whole if every else FEW_SERVED
         metafunc.parametrize("family_and_dtype", chosen, ids="-".join)
+    elif "sharded_and_dtype" in metafunc.fixturenames:
+        whole = [(family, "float32") for family in sorted(CONFIGS)]
+        chosen = whole if every else FEW_SHARDED
+        metafunc.parametrize("sharded_and_dtype", chosen, ids="-".join)
     elif "family" in metafunc.fixturenames:
         chosen = sorted(CONFIGS) if every else FEW
         metafunc.parametrize("family", chosen, scope="module")

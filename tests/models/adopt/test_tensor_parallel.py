@@ -3,14 +3,27 @@
 """How adopted models are sharded across tensor-parallel ranks."""
 
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
-from tests.models.adopt.families import make
-from vllm import training
+from tests.forks import run_python
+from tests.models.adopt.families import CONFIGS, make
+from tests.models.gpus import skip_without_gpus
+from vllm import ModelRegistry, training
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training import parity
 
+CHECKS = Path(__file__).with_name("tensor_parallel_checks.py")
+# Not: without a plan.
+WITHOUT_PLAN = ("gpt2", "gpt_oss")
+WITH_PLAN = sorted({*CONFIGS}.difference(WITHOUT_PLAN))
+FEW = ("mixtral", "qwen3")
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 RANKS = [ParallelContext(tp_rank=rank, tp_size=2) for rank in range(2)]
 
 
@@ -19,25 +32,53 @@ def model():
     return make("qwen3")
 
 
-def test_shards_make_up_the_weights(model):
+def assert_shards(model, **options):
+    """The ranks' parts make up the weights; returns the adopted models."""
     ranks = [
-        training.adopt(copy.deepcopy(model), parallel_context=rank) for rank in RANKS
+        training.adopt(copy.deepcopy(model), parallel_context=rank, **options)
+        for rank in RANKS
     ]
+    layouts = [training.sharding(each) for each in ranks]
     weights = [each.state_dict() for each in ranks]
     for name, whole in model.state_dict().items():
-        first, second = (each[name] for each in weights)
-        if first.shape == whole.shape:
-            assert torch.equal(first, whole)
-            continue
-        dim = next(d for d in range(2) if first.shape[d] != whole.shape[d])
-        shards = torch.cat([first, second], dim).narrow(dim, 0, whole.shape[dim])
-        assert torch.equal(shards, whole), name
+        made = torch.full_like(whole, torch.nan)
+        for layout, own in zip(layouts, weights):
+            for shard in layout[name].shards if name in layout else ():
+                made[layout[name].source(shard, 0)] = shard.local(own[name])
+        assert torch.equal(made, whole) or name not in layouts[0], name
+    return ranks
+
+
+def test_shards_make_up_the_weights(model):
+    ranks = assert_shards(model)
     attention = ranks[0].model.layers[0].self_attn
     assert attention.trainable_attention.num_heads == 2
     assert attention.trainable_attention.num_kv_heads == 1
     assert attention.q_norm.sequence_parallel  # its gradient is a sum over the ranks
     sharded = training.sharding(ranks[1])["model.layers.0.mlp.down_proj.weight"]
     assert sharded.shards[0].offsets == (0, 48)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_each_rank_has_a_slice_of_every_expert(kind):
+    model = make(kind)
+    for part in assert_shards(model):
+        experts = part.model.layers[0].mlp.experts
+        whole = model.model.layers[0].mlp.experts
+        assert experts.gate_up_proj.shape[0] == whole.gate_up_proj.shape[0]
+        assert 2 * experts.gate_up_proj.shape[1] == whole.gate_up_proj.shape[1]
+        assert 2 * experts.down_proj.shape[2] == whole.down_proj.shape[2]
+
+
+def test_packed_columns():
+    """Gate and up in one layer, each of which is sharded on its own."""
+    model = make("phi3")
+    plan = {
+        "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    }
+    for part in assert_shards(model, tp_plan=plan):
+        assert part.model.layers[0].mlp.gate_up_proj.weight.shape == (96, 64)
 
 
 def test_a_plan_of_ones_own(model):
@@ -61,16 +102,90 @@ def test_a_model_without_a_plan_is_held_whole(caplog_vllm):
     assert adopted.transformer.h[0].attn.trainable_attention.num_heads == 2
 
 
+EXPERTS = "model.layers.*.mlp.experts"
+
+
 @pytest.mark.parametrize(
     ("kind", "plan", "tp_size", "message"),
     [
-        ("mixtral", None, 2, "style 'packed_colwise' .* is not supported"),
         ("qwen3", None, 4, "2 key/value heads cannot be sharded across 4 ranks"),
         ("qwen3", {"model.layers.*.mlp.up_proj": "diagonal"}, 2, "'diagonal'"),
         ("qwen3", {"layers.*.mlp.up_proj": "colwise"}, 2, "has no such module"),
+        ("qwen3", {"model.layers.*.mlp": "colwise"}, 2, "no training layer that can"),
+        ("qwen3", {"model.layers.*.mlp": "moe_tp_experts"}, 2, "experts interface"),
+        (
+            "qwen3",
+            {"model.layers.*.mlp.up_proj": "packed_rowwise"},
+            2,
+            "0.mlp.up_proj: A linear layer has no .* 'packed_rowwise'",
+        ),
+        (
+            "qwen3",
+            {"model.layers.*.mlp.up_proj.weight": "colwise"},
+            2,
+            "parameter model.layers.0.mlp.up_proj.weight .*given to modules",
+        ),
+        ("mixtral", {EXPERTS: "moe_tp_experts"}, 64, "0.mlp.experts: 96 intermediate"),
+        (
+            "mixtral",
+            {EXPERTS: "moe_tp_experts", f"{EXPERTS}.gate_up_proj": "colwise"},
+            2,
+            "gate_up_proj the style 'colwise'. .* is 'packed_colwise'",
+        ),
+        (
+            "mixtral",
+            {f"{EXPERTS}.gate_up_proj": "packed_colwise"},
+            2,
+            "parameter .*gate_up_proj .* with the style 'moe_tp_experts'",
+        ),
+        (
+            "phi3",
+            {"model.layers.*.mlp.gate_up_proj": "colwise"},
+            2,
+            "gate and up in one layer.* Use 'packed_colwise'",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(kind, plan, tp_size, message):
     context = ParallelContext(tp_size=tp_size)
+    model = make(kind)
+    names = [*model.state_dict()]
     with pytest.raises(ValueError, match=message):
-        training.adopt(make(kind), tp_plan=plan, parallel_context=context)
+        training.adopt(model, tp_plan=plan, parallel_context=context)
+    assert not hasattr(model, "adoption") and [*model.state_dict()] == names
+    assert any(type(module) is nn.Linear for module in model.modules())
+
+
+def test_two_ranks_are_one(tmp_path, request):
+    """Bits, gradients, and checkpoints."""
+    skip_without_gpus(2)
+    every = request.config.getoption("--all-models", default=False)
+    families = WITH_PLAN if every else FEW
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = run_python(
+        [*command, CHECKS, tmp_path, *families], timeout=600, env=environment
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    assert report.count("all checks passed") == 2, report
+
+
+def build(config):
+    return training.adopt(AutoModelForCausalLM.from_config(config))
+
+
+def test_an_engine_of_two_ranks(make_llm, tmp_path, monkeypatch, sharded_and_dtype):
+    """It has the bits of a trainer of one rank with its number of shards."""
+    skip_without_gpus(2)
+    family, dtype = sharded_and_dtype
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    original = make(family, getattr(torch, dtype))
+    original.save_pretrained(tmp_path)
+    ModelRegistry.register_model(type(original).__name__, build)
+    llm = make_llm(tmp_path, dtype=dtype, max_model_len=64, tensor_parallel_size=2)
+    reduced = ParallelContext(tp_reduction_shards=2)
+    trainer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    trainer = training.adopt(trainer, parallel_context=reduced)
+    report = parity.check(llm, trainer, PROMPTS, max_tokens=12)
+    assert report.all_equal, report

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -120,9 +120,12 @@ def adopt(
             "of transformers' attention interfaces."
         )
     unknown = _unknown(model, calls)
-    plan = _plan(model, tp_plan, context)
+    head_path = _head_path(model, head)
+    plan = _plan(model, head_path, tp_plan, context)
     mlps = gated_mlp.find(model)
-    rows, layers = _conversions(model, _head_path(model, head), plan, context)
+    rows, layers = _conversions(model, head_path, plan, context)
+    experts = _sharded_experts(model, plan, context)
+    _check_plan(model, plan, mlps, {path for path, _ in layers}, experts)
     layers += _attention_layers(model, calls.attention, plan, context, implementation)
     left = [row for row in rows if not row.after]
     if strict and left:
@@ -135,10 +138,14 @@ def adopt(
         model.set_submodule(path, layer)
         if isinstance(layer, AdoptedAttention):
             rows.append(Row(path, "attention", "TrainableAttention"))
+    for sharded in experts.values():
+        sharded.shard(context)
     rows += _take_over_mlps(model, mlps)
     rows = _merge_linears(model, calls.linears, mlps, rows)
     if transformers is not None:
         transformers.use_training_layers(model)
+        if context.tp_size > 1:
+            vars(model)["save_pretrained"] = _refuse_to_save
     for module in list(model.modules()):
         if _runs_own_code(module):
             wrap(module)
@@ -199,12 +206,16 @@ def _head_path(model: nn.Module, option: str | None) -> str | None:
 
 
 def _plan(
-    model: nn.Module, given: Mapping[str, str] | None, context: ParallelContext
+    model: nn.Module,
+    head: str | None,
+    given: Mapping[str, str] | None,
+    context: ParallelContext,
 ) -> tensor_parallel.Plan:
     styles = tensor_parallel.plan_of(model) if given is None else given
     if context.tp_size == 1 and context.tp_reduction_shards == 1:
         return tensor_parallel.Plan(model, {})
-    if not styles:
+    plan = tensor_parallel.Plan(model, styles)
+    if not plan.styles.keys() - {head}:
         logger.warning(
             "%s has no tensor-parallel plan, so each of %d ranks holds and computes "
             "all of its layers but embedding and head. Give one: "
@@ -212,7 +223,6 @@ def _plan(
             type(model).__name__,
             context.tp_size,
         )
-    plan = tensor_parallel.Plan(model, styles)
     if given is not None and plan.unmatched:
         raise ValueError(
             f"tp_plan names {', '.join(map(repr, plan.unmatched))}, and "
@@ -222,13 +232,69 @@ def _plan(
     return plan
 
 
+def _sharded_experts(
+    model: nn.Module, plan: tensor_parallel.Plan, context: ParallelContext
+) -> dict[str, Any]:
+    """transformers' experts that are sharded, by path."""
+    if tensor_parallel.EXPERTS not in plan.styles.values():
+        return {}
+    from vllm.model_executor.models.builder.adopt import transformers_experts
+
+    return transformers_experts.find_sharded(model, plan, context)
+
+
+def _check_plan(
+    model: nn.Module,
+    plan: tensor_parallel.Plan,
+    mlps: Mapping[nn.Module, GatedMLP],
+    converted: Collection[str],
+    experts: Mapping[str, Any],
+) -> None:
+    """Refuse a plan with what is not sharded, or what would be sharded wrongly."""
+    modules = dict(model.named_modules())
+    for path, style in plan.styles.items():
+        module = modules.get(path)
+        if module is None:
+            owner, _, name = path.rpartition(".")
+            accepted = experts[owner].style(name) if owner in experts else None
+            if style != accepted:
+                raise ValueError(
+                    f"tp_plan gives the parameter {path} the style {style!r}. "
+                    + (
+                        f"The style that it can have there is {accepted!r}."
+                        if accepted
+                        else "Styles are given to modules, and to parameters of "
+                        f"modules with the style {tensor_parallel.EXPERTS!r}."
+                    )
+                )
+        elif path in experts or path in converted or style in tensor_parallel.WHOLE:
+            continue
+        elif any(True for _ in module.parameters()):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) has the tensor-parallel style "
+                f"{style!r}, and there is no training layer that can take its place. "
+                "Leave it out of tp_plan, so that every rank holds it whole."
+            )
+    for path, module in modules.items():
+        inputs = mlps[module].inputs if module in mlps else ()
+        if len(inputs) == 1 and plan.style(join(path, inputs[0])) == "colwise":
+            raise ValueError(
+                f"{join(path, inputs[0])} is gate and up in one layer, so 'colwise' "
+                "would give a rank the wrong features. Use 'packed_colwise'."
+            )
+
+
 def _conversions(
     model: nn.Module,
     head: str | None,
     plan: tensor_parallel.Plan,
     context: ParallelContext,
 ) -> tuple[list[Row], list[tuple[str, nn.Module]]]:
-    """The training layers that compute what modules compute, with their paths."""
+    """The training layers that compute what modules compute, with their paths.
+
+    Raises:
+        ValueError: A layer cannot be sharded as the plan says.
+    """
     layers: list[tuple[str, nn.Module]] = []
     vocabulary = None if head is None else _rows(model.get_submodule(head))
     rows: list[Row] = []
@@ -244,9 +310,12 @@ def _conversions(
             if isinstance(module, nn.Embedding) and _rows(module) != vocabulary:
                 reason = "it has no row for each token"
             if reason is None:
-                layer = converting.converted(
-                    module, context, plan.style(path), path == head
-                )
+                try:
+                    layer = converting.converted(
+                        module, context, plan.style(path), path == head
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
             replacements[id(module)] = layer
             before = type(module).__name__
             if layer is None:
@@ -346,6 +415,14 @@ def _local(site: AttentionSite, path: str, context: ParallelContext) -> Attentio
     return site._replace(
         num_heads=heads[0] // context.tp_size,
         num_kv_heads=heads[1] // context.tp_size,
+    )
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        "save_pretrained would write this rank's part of the model as if it were all. "
+        "Call training.save_checkpoint(model, directory) on every rank, and "
+        "model.config.save_pretrained(directory) on one."
     )
 
 

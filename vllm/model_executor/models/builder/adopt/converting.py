@@ -105,26 +105,26 @@ def converted(
     for name in names:
         parameter = module._parameters[name]
         assert parameter is not None
-        setattr(layer, name, _shard_of(parameter, shardings[name], layer))
+        sharded = shard_of(parameter, shardings[name], layer.parallel_context)
+        setattr(layer, name, sharded)
     # The model's code may read them, such as in_features.
     copy_attributes(module, layer)
     return layer.train(module.training)
 
 
-def _shard_of(
-    parameter: nn.Parameter, sharding: ParameterSharding, layer: TrainingLayer
+def shard_of(
+    parameter: nn.Parameter, sharding: ParameterSharding, context: ParallelContext
 ) -> nn.Parameter:
     """This rank's part of a parameter: the parameter itself where that is all of it."""
-    if layer.tp_size == 1 or sharding.dim is None:
+    rank, size = context.tp_rank, context.tp_size
+    if size == 1 or sharding.dim is None:
         return parameter
     if parameter.is_meta:
-        shape = local_shape(sharding, layer.tp_size)
+        shape = local_shape(sharding, size)
         shard = torch.empty(shape, dtype=parameter.dtype, device="meta")
     else:
         with torch.device(parameter.device):
-            shard = local_from_full(
-                parameter.data, sharding, layer.tp_rank, layer.tp_size
-            ).clone()
+            shard = local_from_full(parameter.data, sharding, rank, size).clone()
     return nn.Parameter(shard, parameter.requires_grad)
 
 

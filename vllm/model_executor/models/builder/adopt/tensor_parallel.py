@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How the layers of an adopted module are sharded over tensor-parallel ranks.
 
-A plan maps paths of modules, in which `*` stands for one component, to styles with
-transformers' names. transformers' models have a plan; for a few that have none, it is
-given here.
+A plan maps paths of modules and parameters, in which `*` stands for one component, to
+styles with transformers' names. transformers' models have a plan.
 """
 
 from __future__ import annotations
@@ -18,26 +17,46 @@ from torch import nn
 
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    MergedColumnParallelLinear,
     RowParallelLinear,
     TrainingLayer,
 )
 
+
+def _two_columns(input_size: int, output_size: int, *args: Any, **options: Any) -> Any:
+    """Two layers of one size in one, such as gate and up, each sharded on its own."""
+    if output_size % 2:
+        raise ValueError(
+            f"The tensor-parallel style 'packed_colwise' is for two layers of one size "
+            f"in one, and this one has {output_size} output features."
+        )
+    sizes = [output_size // 2] * 2
+    return MergedColumnParallelLinear(input_size, sizes, *args, **options)
+
+
 # The output of a layer of these styles is this rank's part of the features.
-SPLIT_OUTPUT = frozenset({"colwise"})
+SPLIT_OUTPUT = frozenset({"colwise", "packed_colwise"})
 _LINEARS: dict[str | None, Callable[..., TrainingLayer]] = {
     None: ColumnParallelLinear,
     "colwise": ColumnParallelLinear,
     "colwise_gather_output": functools.partial(
         ColumnParallelLinear, gather_output=True
     ),
+    "packed_colwise": _two_columns,
     "rowwise": RowParallelLinear,
     "rowwise_split_input": functools.partial(
         RowParallelLinear, input_is_parallel=False
     ),
 }
+# What is computed from outside is the same if the module is held whole.
+WHOLE = frozenset({"colwise_gather_output", "rowwise_split_input", "embedding_rowwise"})
+# transformers' experts, each of which is sharded by its intermediate features, and a
+# parameter of theirs.
+EXPERTS = "moe_tp_experts"
+PACKED_ROWS = "packed_rowwise"
 # A norm of each head, of which a rank has some, and the token embedding, which is
 # sharded by rows with or without a plan.
-_OTHERS = ("replicated_with_grad_allreduce", "embedding_rowwise")
+_OTHERS = (EXPERTS, PACKED_ROWS, "replicated_with_grad_allreduce", "embedding_rowwise")
 STYLES = frozenset({*filter(None, _LINEARS), *_OTHERS})
 
 
@@ -53,14 +72,15 @@ def linear_class(style: str | None) -> Callable[..., Any]:
 
 
 class Plan:
-    """The style of each module of a model.
+    """The style of each module and parameter of a model.
 
     Args:
         model: The model.
         styles: By path, in which `*` stands for one component.
 
     Attributes:
-        unmatched: What no module has the path of. transformers' plans name modules
+        styles: By path, of modules and parameters.
+        unmatched: What nothing has the path of. transformers' plans name modules
             that some configs leave out.
 
     Raises:
@@ -69,24 +89,25 @@ class Plan:
 
     def __init__(self, model: nn.Module, styles: Mapping[str, str]) -> None:
         paths = [path for path, _ in model.named_modules()]
+        paths += [path for path, _ in model.named_parameters()]
         self.styles: dict[str, str] = {}
         self.unmatched: list[str] = []
         for pattern, style in styles.items():
-            if style not in STYLES:
+            parts = pattern.split(".")
+            expression = r"\.".join(
+                r"[^.]+" if part == "*" else re.escape(part) for part in parts
+            )
+            matches = [path for path in paths if re.fullmatch(expression, path)]
+            if not matches:
+                self.unmatched.append(pattern)
+            elif style not in STYLES:
                 raise ValueError(
                     f"The tensor-parallel style {style!r} of {pattern!r} is not "
                     f"supported; accepted are {', '.join(sorted(STYLES))}. Give a "
                     "plan of your own, adopt(..., tp_plan={...}), or start with "
                     "tensor_parallel_size=1."
                 )
-            parts = pattern.split(".")
-            expression = r"\.".join(
-                r"[^.]+" if part == "*" else re.escape(part) for part in parts
-            )
-            matches = [path for path in paths if re.fullmatch(expression, path)]
             self.styles |= dict.fromkeys(matches, style)
-            if not matches:
-                self.unmatched.append(pattern)
 
     def style(self, path: str) -> str | None:
         """The style of the module at a path; None: every rank holds it whole."""
