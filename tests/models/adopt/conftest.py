@@ -2,8 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which families of models are tested: a few, or all with `--all-models`."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.models.adopt import libraries
 from tests.models.adopt.families import CONFIGS
 
 # What differs most: windows, a scaled and tied embedding and Gemma's norms; learned
@@ -15,9 +18,17 @@ FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat1
 FEW_SHARDED = (("mixtral", "bfloat16"),)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Other libraries are needed for all families alone."""
+    every = config.getoption("--all-models", default=False)
+    return True if collection_path.name == "test_libraries.py" and not every else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--all-models", default=False)
-    if "family_and_dtype" in metafunc.fixturenames:
+    if "library_family" in metafunc.fixturenames:
+        metafunc.parametrize("library_family", sorted(libraries.FAMILIES))
+    elif "family_and_dtype" in metafunc.fixturenames:
         dtypes = ("float32", "bfloat16")
         whole = [(family, dtype) for family in sorted(CONFIGS) for dtype in dtypes]
         chosen = whole if every else FEW_SERVED

@@ -3,6 +3,7 @@
 """Models in plain PyTorch, and what cannot be adopted."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.models.adopt.plain import NanoAttention, NanoConfig, NanoGPT, RotaryGPT
-from vllm import training
+from vllm import ModelRegistry, training
 from vllm.model_executor.determinism.probes import BatchInvarianceError
 from vllm.model_executor.layers.training import TrainableAttention
-from vllm.model_executor.models.builder.convention import logits_of
+from vllm.model_executor.models.builder.convention import (
+    CallingConvention,
+    logits_of,
+)
+from vllm.model_executor.models.builder.spec import INFERRED
 
 CONFIG = NanoConfig()
 POSITIONS = torch.arange(9).expand(2, 9)
@@ -62,6 +67,108 @@ def test_compiled_and_in_the_mode(pair):
         options = {"emulate_precision_casts": True}
         compiled = torch.compile(adopted, fullgraph=True, options=options)
         assert torch.equal(logits_of(compiled(ids, POSITIONS)), logits)
+
+
+class Counting(NanoGPT):
+    """Counts its tokens, and takes as many as it has positions."""
+
+    def forward(self, idx, targets=None):
+        seq = idx.shape[1]
+        assert seq <= CONFIG.max_position_embeddings
+        pos = torch.arange(0, seq, dtype=torch.long, device=idx.device)
+        x = self.wte(idx) + self.wpe(pos)
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x)), targets
+
+
+class Tables(NanoGPT):
+    """A table of positions, and one that it computes."""
+
+    def __init__(self, config: NanoConfig) -> None:
+        super().__init__(config)
+        self.wpe = nn.Parameter(torch.randn(1, config.max_position_embeddings, 64))
+        self.frequencies = torch.logspace(0, -2, 64)
+
+    def forward(self, idx, pos=None, cache=None):
+        if pos is not None:
+            raise TypeError("positions are for decoding; make a cache first")
+        x = self.wte(idx)
+        seq = x.size(1)
+        angles = torch.arange(seq, device=x.device, dtype=x.dtype).add_(1)
+        x = x + torch.outer(angles, self.frequencies).sin()
+        x = x + self.wpe[:, :seq] + self.wpe.narrow(1, 0, seq)
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+@pytest.fixture(params=[Counting, Tables])
+def counting(request):
+    torch.manual_seed(0)
+    model = request.param(CONFIG).eval()
+    return model, training.adopt(copy.deepcopy(model))
+
+
+def test_a_model_that_counts_is_given_positions(counting):
+    model, adopted = counting
+    training.check_servable(adopted, CONFIG)
+    assert "is given positions" in adopted.adoption
+    logits = [logits_of(each(_ids())) for each in counting]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
+    convention = CallingConvention.of(adopted, INFERRED, "the test")
+    ids, positions = _ids()[0], torch.arange(9)
+    before = positions.clone()
+    called = logits_of(convention.call(adopted, ids, positions))
+    torch.testing.assert_close(called[0], logits[0][0], rtol=1e-4, atol=2e-5)
+    assert torch.equal(positions, before)  # the module may change what it counted
+
+
+def test_a_compiled_model_that_counts_is_given_positions(counting):
+    _, adopted = counting
+    convention = CallingConvention.of(adopted, INFERRED, "the test")
+
+    def hidden_states(ids, positions):
+        return logits_of(convention.call(adopted, ids, positions))
+
+    compiled = torch.compile(
+        hidden_states, fullgraph=True, dynamic=True, backend="eager"
+    )
+    ids = _ids().flatten()
+    with torch.no_grad():
+        for order in (torch.arange(18), torch.arange(7).flip(0), torch.arange(11) + 60):
+            each = ids[: len(order)]
+            expected = hidden_states(each, order)
+            assert torch.equal(compiled(each, order), expected)
+            counted = hidden_states(each, torch.arange(len(order)))
+            assert torch.equal(counted, expected) == (len(order) == 18)
+
+
+class Ambiguous(Counting):
+    def forward(self, idx, targets=None):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        x = x + 0 * torch.arange(64)
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_counting_that_cannot_be_told_apart_is_refused_by_its_line():
+    model = training.adopt(Ambiguous(CONFIG))
+    with pytest.raises(ValueError, match=r"counts with torch\.arange in .*test_plain"):
+        training.check_servable(model, CONFIG)
+
+
+def test_a_step_longer_than_a_model_that_counts_takes(make_llm, tmp_path):
+    model = Counting(CONFIG)
+    training.save_checkpoint(model, tmp_path)
+    fields = {"architectures": ["Counting"], **vars(CONFIG)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ModelRegistry.register_model(
+        "Counting", lambda config: training.adopt(Counting(CONFIG))
+    )
+    with pytest.raises(ValueError, match="Start with max_num_batched_tokens=96"):
+        make_llm(tmp_path, max_model_len=96)
 
 
 def _nano(attention):

@@ -4,12 +4,14 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vllm.model_executor.checkpoint.wrappers import unwrapped
+from vllm.model_executor.models.builder.counting import Counting, GivenPositions
 from vllm.model_executor.models.builder.spec import BuilderOptions
 
 # Names of token ids where they are not the first parameter.
@@ -24,6 +26,10 @@ NOT_POSITIONS = (
 )
 
 
+# The attribute of an adopted module that says how it counts its tokens.
+COUNTING = "token_counting"
+
+
 class CallingConvention(NamedTuple):
     """How tokens are passed to a module's `forward`.
 
@@ -34,6 +40,7 @@ class CallingConvention(NamedTuple):
         batched: Whether it takes `[batch, seq]` and not `[num_tokens]`.
         packed: Whether it takes `[num_tokens]` with `cu_seqlens`.
         constants: What else is passed, by name.
+        counting: How a module counts that takes no positions and was adopted.
     """
 
     ids: str | None
@@ -42,6 +49,7 @@ class CallingConvention(NamedTuple):
     batched: bool
     packed: bool
     constants: Mapping[str, Any]
+    counting: Counting | None = None
 
     @classmethod
     def of(
@@ -103,8 +111,15 @@ class CallingConvention(NamedTuple):
             packed and not batched,
             {"use_cache": False} if "use_cache" in parameters else {},
         )
+        counting = getattr(unwrapped(module), COUNTING, None)
+        if counting is not None and options.positions is None:
+            convention = convention.without_positions()._replace(counting=counting)
         convention._check(signature, module, builder)
         return convention
+
+    def without_positions(self) -> "CallingConvention":
+        """The same, but positions are not passed."""
+        return self._replace(positions=None, by_keyword=True)
 
     def _check(
         self, signature: inspect.Signature, module: nn.Module, builder: str
@@ -164,7 +179,17 @@ class CallingConvention(NamedTuple):
             positions = positions[None]
             given = {name: x[None] for name, x in given.items()}
         args, kwargs = self._arguments(input_ids, positions)
-        return module(*args, **kwargs, **given)
+        with self._counted(positions):
+            return module(*args, **kwargs, **given)
+
+    def _counted(self, positions: torch.Tensor) -> AbstractContextManager[Any]:
+        """Gives a module that counts the positions of one row.
+
+        Rows of several sequences begin at 0, as it counts them.
+        """
+        if self.counting is None or positions.numel() != positions.shape[-1]:
+            return nullcontext()
+        return GivenPositions(self.counting, positions.flatten())
 
     def shape_of(self, positions: torch.Tensor) -> torch.Size:
         """Shape of the tokens that `call` passes to the module."""

@@ -44,6 +44,7 @@ from vllm.model_executor.models.builder.rows import (
 from vllm.model_executor.models.builder.spec import BuilderOptions
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.model_executor.models.builder.model import BuiltModel
 
 logger = init_logger(__name__)
@@ -228,6 +229,7 @@ def check_in_engine(model: "BuiltModel") -> None:
             received,
             None if model.is_first_stage else model.carried,
         )
+        _check_longest_step(model.body, model.vllm_config, device)
     for _, theirs in others("tp", findings):
         findings = findings.joined(replace(theirs, attention=0))
     stages = others("pp", findings)
@@ -246,6 +248,32 @@ def check_in_engine(model: "BuiltModel") -> None:
         findings.attention,
         seconds,
     )
+
+
+def _check_longest_step(
+    body: Body, vllm_config: "VllmConfig", device: torch.device
+) -> None:
+    """Call a module that counts its tokens with as many as a step may have.
+
+    Raises:
+        ValueError: It takes fewer.
+    """
+    if body.convention.counting is None:
+        return
+    count = vllm_config.scheduler_config.max_num_batched_tokens
+    tokens = torch.zeros(count, dtype=torch.int64, device=device)
+    with _quietly(device), _row_wise(_layers_with_state(body.module)):
+        try:
+            body.call(tokens, tokens)
+        except Exception as error:
+            longest = vllm_config.model_config.max_model_len
+            raise ValueError(
+                f"forward of {type(body.module).__name__} counts its tokens, and does "
+                f"not take the {count} tokens of a step ({type(error).__name__}: "
+                f"{error}). Start with max_num_batched_tokens={longest} and "
+                "max_num_seqs of at most that, or build the module for longer "
+                "sequences."
+            ) from error
 
 
 def judge(findings: Findings, uses_positions: bool, name: str) -> None:

@@ -37,10 +37,14 @@ from vllm.model_executor.models.builder.adopt.probing import (
     Groups,
     Sites,
     find_calls,
+    find_counting,
 )
 from vllm.model_executor.models.builder.adopt.report import Row, table
 from vllm.model_executor.models.builder.adopt.wrapping import AdoptedModule, wrap
-from vllm.model_executor.models.builder.convention import CallingConvention
+from vllm.model_executor.models.builder.convention import (
+    COUNTING,
+    CallingConvention,
+)
 from vllm.model_executor.models.builder.head import find_head
 from vllm.model_executor.models.builder.merged_linears import (
     LinearGroup,
@@ -110,9 +114,7 @@ def adopt(
     transformers = _transformers_attention(model)
     if transformers is not None:
         _use_transformers_interfaces(model)
-    convention = CallingConvention.of(model, options, "adopt")
-    call = functools.partial(convention.call, model)
-    calls = find_calls(model, call, transformers)
+    convention, calls = _find_calls(model, options, transformers)
     if not calls.attention:
         raise ValueError(
             f"forward of {type(model).__name__} calls no attention that can be taken "
@@ -149,9 +151,45 @@ def adopt(
     for module in list(model.modules()):
         if _runs_own_code(module):
             wrap(module)
+    if convention.counting is not None:
+        vars(model)[COUNTING] = convention.counting
+        rows.append(Row("", "counts its tokens", "is given positions"))
     vars(model)["adoption"] = table(rows + unknown)
     logger.info("Adopted %s:\n%s", type(model).__name__, vars(model)["adoption"])
     return model
+
+
+def _find_calls(
+    model: nn.Module, options: BuilderOptions, transformers: ModuleType | None
+) -> tuple[CallingConvention, Calls]:
+    """How a model is called, and what its forward calls.
+
+    A parameter for positions may be one for decoding with a KV cache of the model's
+    own. Then a call without it counts the tokens.
+
+    Raises:
+        ValueError: Attention is called in a way that cannot be trained and served.
+    """
+    convention = CallingConvention.of(model, options, "adopt")
+    without = convention.without_positions()
+    refusal = None
+    if convention.positions is not None:
+        call = functools.partial(convention.call, model)
+        try:
+            return convention, find_calls(model, call, transformers)
+        except ValueError as error:
+            if options.positions is not None:
+                raise
+            refusal = error
+    call = functools.partial(without.call, model)
+    try:
+        calls = find_calls(model, call, transformers)
+        counting = find_counting(model, call)
+    except ValueError as error:
+        raise refusal or error from None
+    if refusal is not None and counting is None:
+        raise refusal
+    return without._replace(counting=counting), calls
 
 
 def _unknown(model: nn.Module, calls: Calls) -> list[Row]:

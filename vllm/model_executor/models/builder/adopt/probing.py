@@ -26,6 +26,11 @@ from vllm.model_executor.determinism.row_independence import UnknownFunctions
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
+from vllm.model_executor.models.builder.counting import (
+    Counting,
+    CountingRecorder,
+    compare,
+)
 from vllm.model_executor.models.builder.merged_linears import LinearGroup
 
 _TOKENS = 6
@@ -99,6 +104,30 @@ def _find_calls(
     return Calls(sites, linears.groups(), tuple(unknown))
 
 
+def find_counting(
+    module: nn.Module, call: Callable[[torch.Tensor, torch.Tensor], Any]
+) -> Counting | None:
+    """How a module counts its tokens; None if it does not.
+
+    Args:
+        module: Any module, also one on the meta device.
+        call: Calls it with packed token ids and positions, shape = [num_tokens].
+
+    Raises:
+        ValueError: It cannot be called.
+    """
+    recorders = [CountingRecorder(_TOKENS), CountingRecorder(_TOKENS + 1)]
+    for recorder in recorders:
+
+        def recorded(*tokens: torch.Tensor, recorder: Any = recorder) -> None:
+            with recorder:
+                call(*tokens)
+
+        with _paths_in_errors([], {}):
+            _run_on_fake_tensors(module, recorded, recorder.num_tokens)
+    return compare(*recorders)
+
+
 class _Recorder(TorchFunctionMode):
     """Records calls of `scaled_dot_product_attention` and computes none."""
 
@@ -126,7 +155,9 @@ class _Recorder(TorchFunctionMode):
 
 
 def _run_on_fake_tensors(
-    module: nn.Module, call: Callable[[torch.Tensor, torch.Tensor], Any]
+    module: nn.Module,
+    call: Callable[[torch.Tensor, torch.Tensor], Any],
+    num_tokens: int = _TOKENS,
 ) -> None:
     # In an engine, torch's default device is not the CPU.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -137,8 +168,8 @@ def _run_on_fake_tensors(
             )
             for name, t in (*module.named_parameters(), *module.named_buffers())
         }
-        input_ids = torch.zeros(_TOKENS, dtype=torch.int64)
-        positions = torch.arange(_TOKENS)
+        input_ids = torch.zeros(num_tokens, dtype=torch.int64)
+        positions = torch.arange(num_tokens)
         was_training = {part: part.training for part in module.modules()}
         module.eval()
         try:
