@@ -15,13 +15,18 @@ other bits than eager torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from vllm.model_executor.determinism import elementwise, pointwise, products, reductions
 from vllm.model_executor.determinism.mode import is_batch_invariant
@@ -91,12 +96,33 @@ def batch_invariant_functions() -> AbstractContextManager[Any]:
     already. Functions that only copy, compare or round correctly stay torch's own, as
     do functions of which nothing is known.
     """
-    stack = _get_current_function_mode_stack()
-    if not is_batch_invariant() or any(
-        isinstance(mode, BatchInvariantFunctions) for mode in stack
-    ):
+    if not is_batch_invariant() or _is_active():
         return nullcontext()
     return BatchInvariantFunctions()
+
+
+@contextmanager
+def torchs_functions() -> Iterator[None]:
+    """Leave `batch_invariant_functions` inside this context.
+
+    For code that is batch-invariant without them. Modes that were entered after them
+    are left as well.
+    """
+    left: list[TorchFunctionMode] = []
+    while _is_active():
+        left.append(_pop_mode())
+    try:
+        yield
+    finally:
+        for mode in reversed(left):
+            _push_mode(mode)
+
+
+def _is_active() -> bool:
+    return any(
+        isinstance(mode, BatchInvariantFunctions)
+        for mode in _get_current_function_mode_stack()
+    )
 
 
 def replaced(

@@ -2,15 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Turning a module of training layers into one of engine layers, in place."""
 
+import functools
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vllm.model_executor.determinism.functions import torchs_functions
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer, runs_own_forward
 from vllm.model_executor.layers.training.embedding import ParallelLMHead
+from vllm.model_executor.models.builder.interface import is_adopted
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,11 +87,33 @@ def bind_engine_layers(
             replacements[id(layer)] = replacement
         if replacements[id(layer)] is not layer:
             module.set_submodule(path, replacements[id(layer)])
+    if is_adopted(module) and is_batch_invariant():
+        for layer in replacements.values():
+            if not isinstance(layer, TrainingLayer):
+                layer.__class__ = _outside_functions(type(layer))
     for first, *others in tied:
         parameter = module.get_parameter(first)
         for other in others:
             parent, _, name = other.rpartition(".")
             setattr(module.get_submodule(parent), name, parameter)
+
+
+@functools.cache
+def _outside_functions(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of engine layers whose forward calls torch's own functions.
+
+    Code of the model around it may call batch-invariant ones. An engine layer needs
+    none, and torch.compile of torch 2.11 cannot read a vLLM parameter's attributes
+    among them.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torchs_functions():
+            return kind.forward(self, *args, **kwargs)
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**names, "forward": forward})
 
 
 def _has_engine_layer(layer: TrainingLayer) -> bool:

@@ -34,6 +34,11 @@ def has_vllm_interface(module: nn.Module, builder: str, stages: int = 1) -> bool
     return True
 
 
+def is_adopted(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, runs code that `training.adopt` took over."""
+    return any(hasattr(part, "adoption") for part in module.modules())
+
+
 def check_takes_hidden_states(module: nn.Module, builder: str) -> None:
     """Refuse a pipeline stage whose `forward` cannot be given hidden states."""
     signature = inspect.signature(module.forward)

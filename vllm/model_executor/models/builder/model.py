@@ -29,6 +29,7 @@ from vllm.model_executor.models.builder.interface import (
     check_logits,
     check_takes_hidden_states,
     has_vllm_interface,
+    is_adopted,
 )
 from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.builder.merged_linears import merge_linears
@@ -123,7 +124,7 @@ class BuiltModel(nn.Module):
         model_config = vllm_config.model_config
         context = ParallelContext.current()
         self.vllm_config = vllm_config
-        if hasattr(module, "adoption") and is_batch_invariant():
+        if is_adopted(module) and is_batch_invariant():
             _keep_eager_numerics(vllm_config)
         self.is_first_stage = context.is_first_stage
         self.is_last_stage = context.is_last_stage
