@@ -28,6 +28,7 @@ __all__ = [
     "save_state",
     "sharding",
     "token_logprobs",
+    "weighted_nll",
 ]
 
 
@@ -43,8 +44,6 @@ def __getattr__(name: str) -> Any:
         from vllm.model_executor.models.builder.servable import check_servable
 
         return check_servable
-    if name == "token_logprobs":
-        from vllm.training.logprobs import token_logprobs
-
-        return token_logprobs
+    if name in ("token_logprobs", "weighted_nll"):
+        return getattr(importlib.import_module("vllm.training.logprobs"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

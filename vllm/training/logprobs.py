@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
-from vllm.model_executor.layers.training import token_logprobs as of_hidden_states
+from vllm.model_executor.layers import training as layers
 from vllm.model_executor.models.builder.body import Body, Traced
 from vllm.model_executor.models.builder.spec import INFERRED, BuilderOptions
 
@@ -90,31 +90,109 @@ def token_logprobs(
             output than a function of each logit.
         ValueError: Shapes do not fit, or the head cannot be found.
     """
+    scored = _scored(
+        model, input_ids, targets, positions, cu_seqlens, temperature, options
+    )
+    numbers = layers.token_logprobs(
+        scored.hidden_states,
+        scored.head,
+        scored.flat(targets),
+        temperature=scored.temperature,
+        return_entropy=return_entropy,  # type: ignore[call-overload]
+    )
+    return tree_map(lambda each: each.view(input_ids.shape), numbers)
+
+
+def weighted_nll(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    options: BuilderOptions = INFERRED,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss that is linear in the logprobs: -sum of weights * token_logprobs.
+
+    For cross entropy and for on-policy policy gradients; it takes less time than
+    `token_logprobs` and its backward, see `layers.training.weighted_nll`.
+
+        loss, logprobs = weighted_nll(model, tokens[:, :-1], tokens[:, 1:], weights)
+
+    Args:
+        model: As for `token_logprobs`, and so are input_ids, targets, positions,
+            cu_seqlens, temperature and options.
+        weights: What each logprob is multiplied by, 0 for tokens that do not count;
+            floating point, the shape of targets.
+
+    Returns:
+        The loss, fp32 (fp64 for a model in fp64), shape = [], and logprobs in the shape
+        of targets, without a gradient.
+
+    Raises:
+        TypeError, ValueError: As `token_logprobs`; weights that do not fit.
+    """
+    scored = _scored(
+        model, input_ids, targets, positions, cu_seqlens, temperature, options
+    )
+    loss, logprobs = layers.weighted_nll(
+        scored.hidden_states,
+        scored.head,
+        scored.flat(targets),
+        scored.flat(weights),
+        temperature=scored.temperature,
+    )
+    return loss, logprobs.view(input_ids.shape)
+
+
+class _Scored(NamedTuple):
+    """What the head's numbers are computed from.
+
+    Attributes:
+        hidden_states: shape = [num_tokens, hidden_size], or [batch, seq, hidden_size].
+        head: With what the model does to its output.
+        temperature: Of the tokens, in the shape that hidden_states have.
+        flattened: Whether a batch was flattened.
+    """
+
+    hidden_states: torch.Tensor
+    head: nn.Module
+    temperature: float | torch.Tensor
+    flattened: bool
+
+    def flat(self, of_tokens: torch.Tensor) -> torch.Tensor:
+        """One number a token, in the shape that hidden_states have."""
+        return of_tokens.flatten() if self.flattened else of_tokens
+
+
+def _scored(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    options: BuilderOptions,
+) -> _Scored:
     body = Body(model, options, "the trainer")
     body.set_head(body.find_head("token_logprobs"))
     _check(body, input_ids, targets, positions, cu_seqlens)
     shape = input_ids.shape
     if positions is None:
         positions = _counted(input_ids, cu_seqlens)
-    if len(shape) == 2 and not body.convention.batched:
+    flattens = len(shape) == 2 and not body.convention.batched
+    if flattens:
         batch, seq = shape
         cu_seqlens = torch.arange(
             0, batch * seq + 1, seq, dtype=torch.int32, device=input_ids.device
         )
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.expand(shape).flatten()
-        input_ids, positions, targets = (
-            each.flatten() for each in (input_ids, positions, targets)
-        )
+        input_ids, positions = input_ids.flatten(), positions.flatten()
     hidden_states, tail = _hidden_states(body, input_ids, positions, cu_seqlens)
-    numbers = of_hidden_states(
-        hidden_states,
-        body.head_with(tail),
-        targets,
-        temperature=temperature,
-        return_entropy=return_entropy,  # type: ignore[call-overload]
-    )
-    return tree_map(lambda each: each.view(shape), numbers)
+    return _Scored(hidden_states, body.head_with(tail), temperature, flattens)
 
 
 def _check(

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("on_the_ranks_device")
 @pytest.fixture
 def many_blocks(monkeypatch):
     """`token_logprobs` in blocks smaller than the batch."""
-    blocks = block_sizes.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1)
+    blocks = block_sizes.Blocks(10 * VOCAB, 3 * VOCAB, 100, 9, 1, 10 * VOCAB)
     monkeypatch.setattr(block_sizes, "CPU_BLOCKS", blocks)
     monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", blocks)
 

@@ -48,7 +48,7 @@ def make_batch(*shape, dtype, device):
 
 def many_blocks(monkeypatch, logits=20 * VOCAB):
     """Blocks that cut tokens and vocabulary, with remainders."""
-    blocks = block_sizes.Blocks(logits, 3 * VOCAB, 50 * 37, 50, 1)
+    blocks = block_sizes.Blocks(logits, 3 * VOCAB, 50 * 37, 50, 1, 20 * VOCAB)
     monkeypatch.setattr(block_sizes, "CPU_BLOCKS", blocks)
     monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", blocks)
 

@@ -49,7 +49,7 @@ def assert_all_equal(assert_equal, actual, expected):
 @pytest.fixture(params=["kept", "recomputed"])
 def blocks(request, monkeypatch):
     if request.param == "recomputed":
-        small = block_sizes.Blocks(7 * VOCAB, 3 * VOCAB, 500, 16, 1)
+        small = block_sizes.Blocks(7 * VOCAB, 3 * VOCAB, 500, 16, 1, 7 * VOCAB)
         monkeypatch.setattr(block_sizes, "CPU_BLOCKS", small)
         monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", small)
 

@@ -104,7 +104,7 @@ HEADS = {
 
 @pytest.fixture(params=["kept", "recomputed"])
 def blocks(request, monkeypatch):
-    few = block_sizes.Blocks(11 * VOCAB, 3 * VOCAB, 5 * VOCAB, 16, 1)
+    few = block_sizes.Blocks(11 * VOCAB, 3 * VOCAB, 5 * VOCAB, 16, 1, 7 * VOCAB)
     if request.param == "kept":
         few.logits = (TOKENS + 1) * VOCAB
     monkeypatch.setattr(block_sizes, "CPU_BLOCKS", few)
@@ -197,7 +197,7 @@ def test_the_backward_computes_the_same_again(blocks, seeded, device, monkeypatc
 
 
 def test_memory_of_a_called_head(monkeypatch, seeded, device, largest_tensor):
-    few = block_sizes.Blocks(20 * VOCAB, 3 * VOCAB, 5 * VOCAB, 16, 4)
+    few = block_sizes.Blocks(20 * VOCAB, 3 * VOCAB, 5 * VOCAB, 16, 4, 7 * VOCAB)
     monkeypatch.setattr(block_sizes, "CPU_BLOCKS", few)
     monkeypatch.setattr(block_sizes, "CUDA_BLOCKS", few)
     head, hidden, targets = make("soft cap", device, torch.float32)

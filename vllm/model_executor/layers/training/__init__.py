@@ -24,6 +24,7 @@ from vllm.model_executor.layers.training.linear import (
 from vllm.model_executor.layers.training.logprobs import (
     full_logprobs,
     token_logprobs,
+    weighted_nll,
 )
 from vllm.model_executor.layers.training.norm import LayerNorm, RMSNorm
 from vllm.model_executor.layers.training.rotary import RotaryEmbedding
@@ -54,4 +55,5 @@ __all__ = [
     "full_logprobs",
     "skip_init",
     "token_logprobs",
+    "weighted_nll",
 ]

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.training.embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.layers.training.ops.logprobs.blocks import blocks_for, ranges
+from vllm.model_executor.layers.training.ops.logprobs.nll import weighted_nll_op
 from vllm.model_executor.layers.training.ops.logprobs.of_logits import (
     logits_logprobs_op,
 )
@@ -181,22 +182,59 @@ class ReadHead:
     ) -> tuple[torch.Tensor, ...]:
         """Logprobs, and entropies if wanted, in the shape of targets."""
         hidden_states = self._all_tokens(hidden_states)
-        leaves = (hidden_states, self.weight, self.bias)
         logprobs, entropy, _, _ = token_logprobs_op(
+            *self._arguments(hidden_states, targets, temperature),
+            *self._vocabulary(),
+            with_entropy,
+            any(self._needs(hidden_states)),
+        )
+        numbers = (logprobs, entropy)[: 1 + with_entropy]
+        return tuple(each.view(targets.shape) for each in numbers)
+
+    def weighted_nll(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        temperature: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and logprobs in the shape of targets, without a gradient."""
+        hidden_states = self._all_tokens(hidden_states)
+        loss, logprobs, *_ = weighted_nll_op(
+            *self._arguments(hidden_states, targets, temperature),
+            weights.flatten(),
+            *self._vocabulary(),
+            self._needs(hidden_states),
+        )
+        return loss, logprobs.view(targets.shape)
+
+    def _arguments(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What an op takes of the head and of each token."""
+        return (
             hidden_states.flatten(0, -2),
             self.weight,
             self.bias,
             targets.flatten(),
             None if temperature is None else temperature.flatten(),
-            self.vocab_size,
-            self.vocab_start,
-            self.context.group("tp").group_name if self.context.tp_size > 1 else "",
-            with_entropy,
-            torch.is_grad_enabled()
-            and any(leaf is not None and leaf.requires_grad for leaf in leaves),
         )
-        numbers = (logprobs, entropy)[: 1 + with_entropy]
-        return tuple(each.view(targets.shape) for each in numbers)
+
+    def _vocabulary(self) -> tuple[int, int, str]:
+        """The vocabulary's size, this rank's first token and the group's name."""
+        parallel = self.context.tp_size > 1
+        group = self.context.group("tp").group_name if parallel else ""
+        return self.vocab_size, self.vocab_start, group
+
+    def _needs(self, hidden_states: torch.Tensor) -> list[bool]:
+        """Which of hidden states, weight and bias get a gradient."""
+        return [
+            torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
+            for leaf in (hidden_states, self.weight, self.bias)
+        ]
 
     def _all_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """On every rank, for its part of the vocabulary."""
@@ -285,6 +323,17 @@ class CalledHead:
             else:
                 numbers.append(score(*inputs))
         return tuple(self._by_token(torch.cat(x), targets.shape) for x in zip(*numbers))
+
+    def weighted_nll(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        temperature: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and logprobs in the shape of targets, without a gradient."""
+        (logprobs,) = self.token_logprobs(hidden_states, targets, temperature, False)
+        return -(weights * logprobs).sum(), logprobs.detach()
 
     def _score(
         self,

@@ -91,6 +91,56 @@ def token_logprobs(
     return (numbers[0], numbers[1]) if return_entropy else numbers[0]
 
 
+def weighted_nll(
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss that is linear in the logprobs: -sum of weights * token_logprobs.
+
+    Its gradients are computed in the forward, from logits that are there, so it takes
+    three products with the head where `token_logprobs` and its backward take four.
+    Cross entropy is such a loss: weights of 1 / num_tokens. So are REINFORCE, GRPO and
+    PPO where the ratio of probabilities is 1, as it is on-policy with equal bits:
+    weights of advantage / num_tokens.
+
+        loss, logprobs = weighted_nll(hidden_states, lm_head, targets, weights)
+        loss.backward()
+
+    The weight's gradient is kept from the forward on, as large as the weight. For a
+    16-bit head on CUDA it is rounded once for each block of 256 Mi logits. A head that
+    is called (see `token_logprobs`) is differentiated as there.
+
+    Args:
+        hidden_states: As for `token_logprobs`.
+        lm_head: As for `token_logprobs`.
+        targets: As for `token_logprobs`.
+        weights: What each logprob is multiplied by, 0 for tokens that do not count;
+            floating point, the shape of targets. It gets no gradient.
+        temperature: As for `token_logprobs`.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs), shape = [], and logprobs in the shape of
+        targets, without a gradient. In batch-invariant mode and on CPU the logprobs
+        have the bits of `token_logprobs`. The loss can be differentiated once, with one
+        backward.
+
+    Raises:
+        TypeError: As `token_logprobs`; weights are not floating point.
+        ValueError: As `token_logprobs`; weights of another shape or device, or with a
+            gradient.
+    """
+    hidden_states, head = scored_head(lm_head, hidden_states)
+    tokens = _tokens(hidden_states, head.slices)
+    targets = _checked(targets, tokens, hidden_states.device)
+    weights = _checked_weights(weights, targets, hidden_states)
+    temperatures = one_a_token(temperature, tokens, hidden_states)
+    return head.weighted_nll(hidden_states, targets, weights, temperatures)
+
+
 def full_logprobs(
     hidden_states: torch.Tensor,
     lm_head: nn.Module,
@@ -149,3 +199,25 @@ def _checked(
             "them to one device."
         )
     return targets.long().contiguous()
+
+
+def _checked_weights(
+    weights: torch.Tensor, targets: torch.Tensor, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """Weights in the dtype of logprobs, contiguous."""
+    accepted = f"a floating-point tensor, shape = {tuple(targets.shape)}"
+    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+        given = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights are {given}; they must be {accepted}.")
+    if weights.shape != targets.shape or weights.device != targets.device:
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} on {weights.device} must be "
+            f"{accepted}, on {targets.device}."
+        )
+    if weights.requires_grad:
+        raise ValueError(
+            "weights require a gradient, which weighted_nll does not compute. Pass "
+            "weights.detach(), or compute the loss from token_logprobs."
+        )
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    return weights.to(dtype).contiguous()

@@ -88,9 +88,11 @@ def bind_engine_layers(
         if replacements[id(layer)] is not layer:
             module.set_submodule(path, replacements[id(layer)])
     if is_adopted(module) and is_batch_invariant():
-        for layer in replacements.values():
-            if not isinstance(layer, TrainingLayer):
-                layer.__class__ = _outside_functions(type(layer))
+        outside = functools.cache(_outside_functions)
+        for replacement in replacements.values():
+            if not isinstance(replacement, TrainingLayer):
+                kind: Any = type(replacement)
+                replacement.__class__ = outside(kind)
     for first, *others in tied:
         parameter = module.get_parameter(first)
         for other in others:
@@ -98,8 +100,7 @@ def bind_engine_layers(
             setattr(module.get_submodule(parent), name, parameter)
 
 
-@functools.cache
-def _outside_functions(kind: type[nn.Module]) -> type[nn.Module]:
+def _outside_functions(kind: Any) -> Any:
     """A class of engine layers whose forward calls torch's own functions.
 
     Code of the model around it may call batch-invariant ones. An engine layer needs

@@ -21,6 +21,7 @@ class Blocks:
         gradient: elements of the logits and of their gradient in the backward.
         tokens: the backward's tokens at a time; more make dW a sum in fp32.
         multiple: sizes of blocks are multiples of it, where they are not smaller.
+        with_gradient: elements of the logits in a forward that gives gradients as well.
     """
 
     logits: int
@@ -28,9 +29,13 @@ class Blocks:
     gradient: int
     tokens: int
     multiple: int
+    with_gradient: int
 
     def tokens_in_forward(self, vocab_size: int) -> int:
         return self._rounded(self.logits // vocab_size)
+
+    def tokens_with_gradient(self, vocab_size: int) -> int:
+        return self._rounded(self.with_gradient // vocab_size)
 
     def columns_in_backward(self, num_tokens: int) -> int:
         return self._rounded(self.gradient // num_tokens)
@@ -40,9 +45,10 @@ class Blocks:
 
 
 # CPU: products of a few MiB are efficient, and what passes between elementwise steps
-# stays in the cache. CUDA: large products; 192 MiB of bf16 logits.
-CPU_BLOCKS = Blocks(1 << 24, 1 << 19, 1 << 22, 2048, 16)
-CUDA_BLOCKS = Blocks(3 << 25, 1 << 25, 1 << 26, 8192, 256)
+# stays in the cache. CUDA: large products; 192 MiB of bf16 logits, and 512 MiB
+# where their gradient overwrites them and each block is a rounding of dW.
+CPU_BLOCKS = Blocks(1 << 24, 1 << 19, 1 << 22, 2048, 16, 1 << 24)
+CUDA_BLOCKS = Blocks(3 << 25, 1 << 25, 1 << 26, 8192, 256, 1 << 28)
 
 
 def blocks_for(tensor: torch.Tensor) -> Blocks:

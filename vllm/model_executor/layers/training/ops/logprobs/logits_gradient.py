@@ -43,14 +43,15 @@ class RowNumbers(NamedTuple):
     @classmethod
     def of_gradients(
         cls,
-        saved: Sequence[torch.Tensor],
+        saved: Sequence[Any],
         grad: torch.Tensor | None,
         grad_entropy: torch.Tensor | None,
     ) -> RowNumbers:
         """From the gradients that autograd gives.
 
         Args:
-            saved: targets, temperature, entropy and lse.
+            saved: targets, temperature, entropy and lse; temperature and entropy may
+                be None.
             grad: of the logprobs; None for zeros.
             grad_entropy: of the entropies; None for zeros.
         """

@@ -48,7 +48,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """In which dtype the backward's matrix products take their inputs.
 
     A CPU without instructions for a 16-bit dtype multiplies it many times slower than
@@ -64,7 +64,7 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _gather_vocab(logits: torch.Tensor, tp_group: str) -> torch.Tensor:
+def gather_vocab(logits: torch.Tensor, tp_group: str) -> torch.Tensor:
     """The ranks' columns side by side."""
     if not tp_group:
         return logits
@@ -92,7 +92,7 @@ def _forward(
         if keeps_logits:
             kept = local
         scored = score(
-            _gather_vocab(local, tp_group)[:, :vocab_size],
+            gather_vocab(local, tp_group)[:, :vocab_size],
             targets[rows],
             of_rows(temperature, rows),
             with_entropy,
@@ -129,7 +129,7 @@ def _backward(
 ) -> tuple[torch.Tensor, ...]:
     numbers = RowNumbers(*fields)
     need_hidden, need_weight, need_bias = needs
-    gradients = _new_gradients(hidden, weight, bias, needs)
+    gradients = new_gradients(hidden, weight, bias, needs)
     grad_hidden, grad_weight, grad_bias = gradients
     # Rows of padding have no logits, and zeros for a gradient.
     count = max(0, min(len(weight), vocab_size - vocab_start))
@@ -138,7 +138,7 @@ def _backward(
     if not (len(hidden) and count):
         return tuple(gradient.zero_() for gradient in gradients)
 
-    blocks, dtype = blocks_for(hidden), _product_dtype(hidden)
+    blocks, dtype = blocks_for(hidden), product_dtype(hidden)
     at_once = min(len(hidden), blocks.tokens)
     all_columns = list(ranges(count, blocks.columns_in_backward(at_once)))
     all_rows = list(ranges(len(hidden), at_once))
@@ -157,9 +157,9 @@ def _backward(
             dz = logits_gradient(logits, block._replace(targets=in_columns), dtype)
             del logits
             if need_hidden:
-                _add_product(sum_hidden[rows], dz, w_factors, columns.start > 0)
+                add_product(sum_hidden[rows], dz, w_factors, columns.start > 0)
             if need_weight:
-                _add_product(sum_weight, dz.t(), factors[rows], rows.start > 0)
+                add_product(sum_weight, dz.t(), factors[rows], rows.start > 0)
             if need_bias:
                 sum_bias += dz.sum(0, dtype=sum_bias.dtype)
             del dz
@@ -170,7 +170,7 @@ def _backward(
     return sum_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-def _new_gradients(
+def new_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -192,7 +192,7 @@ def _new_sum(result: torch.Tensor, dtype: torch.dtype, terms: int) -> torch.Tens
     return result if result.dtype == wide else torch.empty_like(result, dtype=wide)
 
 
-def _add_product(
+def add_product(
     total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool
 ) -> None:
     """total = a @ b, or total += a @ b."""
@@ -244,7 +244,7 @@ _token_logprobs_backward = define_op(
     "token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, "
     "bool[3] needs, Tensor kept, int vocab_size, int vocab_start, "
     f"{ROWS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    fake=_new_gradients,
+    fake=new_gradients,
     cpu=_backward,
     cuda=_backward,
     backward=refuse_second_derivative_of("token_logprobs", IN_PLAIN_TORCH),

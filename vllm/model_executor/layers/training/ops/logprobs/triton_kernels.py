@@ -23,6 +23,7 @@ def _logits_gradient_kernel(
     temperature,
     output,
     logits_stride,
+    output_stride,
     size,
     has_entropy: tl.constexpr,
     has_temperature: tl.constexpr,
@@ -42,7 +43,7 @@ def _logits_gradient_kernel(
         slope = g + tl.load(grad_entropy + row) * (finite + tl.load(entropy + row))
     at_target = column == tl.load(targets + row)
     gradient = tl.where(at_target, g, 0.0) - tl.exp(logprob) * slope
-    tl.store(output + row * size + column, gradient, mask=mask)
+    tl.store(output + row * output_stride + column, gradient, mask=mask)
 
 
 def logits_gradient(
@@ -54,10 +55,15 @@ def logits_gradient(
     grad_entropy: torch.Tensor | None,
     temperature: torch.Tensor | None,
     dtype: torch.dtype,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """shape = [rows, size] -> [rows, size]; arguments as in `logits_gradient`."""
+    """shape = [rows, size] -> [rows, size]; arguments as in `logits_gradient`.
+
+    output: where to write, such as logits; None: a new tensor.
+    """
     rows, size = logits.shape
-    output = logits.new_empty(rows, size, dtype=dtype)
+    if output is None:
+        output = logits.new_empty(rows, size, dtype=dtype)
     block = 4096
     _logits_gradient_kernel[rows, triton.cdiv(size, block)](
         logits,
@@ -69,6 +75,7 @@ def logits_gradient(
         temperature,
         output,
         logits.stride(0),
+        output.stride(0),
         size,
         has_entropy=grad_entropy is not None,
         has_temperature=temperature is not None,
