@@ -136,6 +136,15 @@ def test_a_difference_is_localised(engine, monkeypatch):
     assert parity.check(engine, a_model(), PROMPTS, max_tokens=4).all_equal
 
 
+def test_a_buffer_that_differs_is_named(engine):
+    model = a_model()
+    name = next(name for name, _ in model.named_buffers() if "rotary" in name)
+    model.get_buffer(name).mul_(1.25)
+    report = parity.check(engine, model, PROMPTS, max_tokens=4)
+    assert not report.all_equal and report.weights_compared
+    assert f"The buffer {name}, which no checkpoint has, differs" in report.next_step
+
+
 def test_processed_logprobs(engine, monkeypatch):
     """The temperature they hold is the trainer's too."""
     seen = []
@@ -411,7 +420,7 @@ def test_a_report_of_differences_says_what_to_do_next():
         report.raise_if_different()
     assert "next step" not in str(parity.ParityReport(2, 2, 0.0, 0.0, False, None))
     ours, plain = a_model(), torch.nn.Sequential(torch.nn.Linear(2, 2))
-    of_two_ranks = {"tp_reduction_shards": 2}
+    of_two_ranks = {"tp_reduction_shards": 2, "buffers": {}}
     step = refusals._next_step(plain, of_two_ranks, False)
     assert step.startswith("0 is a torch.nn.Linear, whose rows may depend on the batch")
     step = refusals._next_step(torch.nn.LayerNorm(2), of_two_ranks, False)

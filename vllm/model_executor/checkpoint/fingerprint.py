@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 import torch
 
+from vllm.model_executor.checkpoint.wrappers import named_tensors
+
 # The words of one chunk are widened to 8 MiB.
 CHUNK = 1 << 20
 
@@ -39,6 +41,13 @@ def fingerprint(tensor: torch.Tensor, device: torch.device | None = None) -> str
         total += (2 * number + 1) * (chunk * places).sum()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}{list(tensor.shape)}:{int(total) % (1 << 64):016x}"
+
+
+def buffer_fingerprints(module: torch.nn.Module) -> dict[str, str]:
+    """Fingerprints of the buffers that no state dict has, by name."""
+    saved = {name for name, _ in named_tensors(module)}
+    every = named_tensors(module, persistent=False)
+    return {name: fingerprint(tensor) for name, tensor in every if name not in saved}
 
 
 def row_fingerprints(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vllm.model_executor.checkpoint.fingerprint import fingerprint
+from vllm.model_executor.checkpoint.fingerprint import (
+    buffer_fingerprints,
+    fingerprint,
+)
 from vllm.model_executor.checkpoint.save import checkpoint_tensors
 from vllm.model_executor.layers.training.attention import TrainableAttention
 from vllm.model_executor.layers.training.base import TrainingLayer
@@ -120,6 +123,7 @@ def _as_a_whole(workers: list[dict[str, Any]]) -> dict[str, Any]:
         "batch_invariant": all(worker["batch_invariant"] for worker in workers),
         "attention": sorted(attention),
         "weights": None,
+        "buffers": {k: v for w in workers for k, v in w["buffers"].items()},
         "head": next((w["head"] for w in workers if w["head"] is not None), None),
     }
 
@@ -143,6 +147,15 @@ def _next_step(model: nn.Module, engine: dict[str, Any], localise: bool) -> str:
             f"order of its own: use {layers}, or start the engine with "
             "tensor_parallel_size=1."
         )
+    own = buffer_fingerprints(model)
+    for name in sorted(own.keys() & engine["buffers"].keys()):
+        if own[name] != engine["buffers"][name]:
+            return (
+                f"The buffer {name}, which no checkpoint has, differs: engine "
+                f"{engine['buffers'][name]}, trainer {own[name]} (dtype, shape and a "
+                "sum of the bits). model.to(dtype) also rounds such buffers: build the "
+                "trainer in its dtype instead, as from_pretrained(..., dtype=...) does."
+            )
     step = (
         "All known settings agree. Code between the layers has to be batch-invariant "
         "and to do the same in trainer and engine, which F.gelu, for one, does not"

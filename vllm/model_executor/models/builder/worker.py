@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm.model_executor import vllm_internals
+from vllm.model_executor.checkpoint.fingerprint import buffer_fingerprints
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.models.builder.loader import EngineLoader
 from vllm.model_executor.models.builder.recorder import ModuleRecorder
@@ -57,6 +58,7 @@ def describe(worker: Any) -> dict[str, Any]:
         weights: fingerprints of the checkpoint's tensors that this worker's pipeline
             stage holds, by name; None where the model has its own `load_weights`.
         weights_missing: names of this stage's tensors that were never loaded.
+        buffers: fingerprints of this stage's buffers that no checkpoint has, by name.
         head: path of the head, on the last pipeline stage; None of a model that says
             itself what its logits are.
         batched, positions: what the builder says of them; see `BuilderOptions`.
@@ -84,6 +86,7 @@ def describe(worker: Any) -> dict[str, Any]:
         "tp_reduction_shards": shards or context.tp_size,
         "weights": dict(recorded.fingerprints) if recorded else None,
         "weights_missing": recorded.never_loaded() if recorded else [],
+        "buffers": buffer_fingerprints(model),
         "head": getattr(model, "head_path", None),
         "batched": spec.options.batched if spec else None,
         "positions": spec.options.positions if spec else None,
