@@ -26,7 +26,7 @@ from record import write_record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm import training
-from vllm.model_executor.layers.training import token_logprobs
+from vllm.model_executor.layers.training import weighted_nll
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -51,11 +51,12 @@ def step(name: str, ids: torch.Tensor) -> Callable[[], None]:
     if name == "adopted":
         begin = time.perf_counter()
         training.adopt(model)
+        weights = torch.full(targets.shape, 1 / targets.numel(), device=DEVICE)
         print(f"adopted in {time.perf_counter() - begin:.1f} s", flush=True)
 
         def loss() -> torch.Tensor:
             hidden_states = model.model(inputs, use_cache=False).last_hidden_state
-            return -token_logprobs(hidden_states, model.lm_head, targets).mean()
+            return weighted_nll(hidden_states, model.lm_head, targets, weights)[0]
 
     elif "Liger" in name:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
