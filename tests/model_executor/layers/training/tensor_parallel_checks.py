@@ -28,6 +28,7 @@ from vllm.model_executor.layers.training import (
     VocabParallelEmbedding,
     communication,
     token_logprobs,
+    weighted_nll,
 )
 from vllm.model_executor.layers.training.logprobs import full_logprobs
 from vllm.model_executor.layers.training.ops.logprobs import blocks as block_sizes
@@ -198,7 +199,9 @@ def test_entropy_and_full_rows_are_those_of_one_rank(
         torch.testing.assert_close(both, logprobs.expand(2, -1))
         loss = (g * (logprobs + 2 * entropy)).sum() + (g * full.square().sum(-1)).sum()
         gradients = torch.autograd.grad(loss, inputs)
-        return (logprobs, entropy, full, *gradients), head.parameter_sharding()
+        nll, _ = weighted_nll(inputs[0], head, targets, g, temperature=0.7)
+        gradients += torch.autograd.grad(nll, inputs)
+        return (logprobs, entropy, full, nll, *gradients), head.parameter_sharding()
 
     single, rows = ParallelContext.single(), slice(None)
     if sequence_parallel:
@@ -207,7 +210,7 @@ def test_entropy_and_full_rows_are_those_of_one_rank(
     actual, shardings = results(context, torch.float32, rows)
     plain = results(single, torch.float32, slice(None))[0]
     exact = results(single, torch.float64, slice(None))[0]
-    names = ("logprobs", "entropy", "full", "hidden", "weight", "bias")
+    names = ("logprobs", "entropy", "full", "nll", *("hidden", "weight", "bias") * 2)
     for name, tensor, *expected in zip(names, actual, plain, exact):
         if name == "hidden":
             expected = [each[rows] for each in expected]
