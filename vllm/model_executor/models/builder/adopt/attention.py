@@ -35,6 +35,7 @@ class AttentionSite(NamedTuple):
         logits_soft_cap: Caps the scores; None: no cap.
         sinks: Name of the parameter of the calling module that holds one score more
             for each head; None: there is none.
+        is_flex: Whether it is a call of `flex_attention`.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class AttentionSite(NamedTuple):
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     sinks: str | None = None
+    is_flex: bool = False
 
     @classmethod
     def of(

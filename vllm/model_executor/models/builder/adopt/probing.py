@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import (
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from vllm.model_executor.determinism.row_independence import UnknownFunctions
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
+from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
 from vllm.model_executor.models.builder.counting import (
     Counting,
@@ -129,7 +129,7 @@ def find_counting(
 
 
 class _Recorder(TorchFunctionMode):
-    """Records calls of `scaled_dot_product_attention` and computes none."""
+    """Records calls of torch's attention and computes none."""
 
     def __init__(
         self,
@@ -144,14 +144,15 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if not torch_attention.is_attention(func):
             if self.running:
                 self.linears.use(self.running[-1], (*args, *kwargs.values()))
             return func(*args, **kwargs)
-        site, _ = torch_attention.read_call(*args, **kwargs)
+        site = torch_attention.read_call(func, args, kwargs)
         self.record(self.running[-1], site)
         query = args[0] if args else kwargs["query"]
-        return query.new_zeros(*query.shape[:-1], site.value_size)
+        output = query.new_zeros(*query.shape[:-1], site.value_size)
+        return torch_attention.result(func, output)
 
 
 def _run_on_fake_tensors(
@@ -161,7 +162,7 @@ def _run_on_fake_tensors(
 ) -> None:
     # In an engine, torch's default device is not the CPU.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.device("cpu"), torch.no_grad():
+    with fake, torch.device("cpu"), torch.no_grad(), without_compiler():
         tensors = {
             f"module.{name}": torch.empty_strided(
                 t.shape, t.stride(), dtype=t.dtype, device="cpu"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Attention of plain PyTorch modules: calls of `scaled_dot_product_attention`."""
+"""Attention of plain PyTorch modules, in calls of torch's functions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from vllm.model_executor.models.builder.adopt import flex_attention
 from vllm.model_executor.models.builder.adopt.attention import (
     AdoptedAttention,
     AttentionSite,
@@ -22,7 +23,34 @@ def site_name(index: int) -> str:
     return "trainable_attention" + (f"_{index}" if index else "")
 
 
-def read_call(
+def is_attention(func: Any) -> bool:
+    """Whether it is torch's attention, or what `flex_attention` calls."""
+    return func is F.scaled_dot_product_attention or _is_flex(func)
+
+
+def _is_flex(func: Any) -> bool:
+    return func is flex_attention.OPERATOR
+
+
+def read_call(func: Any, args: Any, kwargs: Any) -> AttentionSite:
+    """What a call of attention asks for.
+
+    Raises:
+        ValueError: Something that cannot be trained and served, by name.
+    """
+    if _is_flex(func):
+        return flex_attention.read_call(*args, **kwargs)
+    return _read_call(*args, **kwargs)[0]
+
+
+def result(func: Any, output: torch.Tensor) -> Any:
+    """What a call returns; `flex_attention` without statistics of its scores."""
+    if not _is_flex(func):
+        return output
+    return output, output.new_empty(0), output.new_empty(0)
+
+
+def _read_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -32,11 +60,7 @@ def read_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[AttentionSite, torch.Tensor | None]:
-    """What a call of `scaled_dot_product_attention` asks for, and its mask.
-
-    Raises:
-        ValueError: Something that cannot be trained and served, by name.
-    """
+    """What a call of `scaled_dot_product_attention` asks for, and its mask."""
     if dropout_p:
         raise ValueError(
             f"attention is called with dropout_p={dropout_p}; no kernel has dropout. "
@@ -69,28 +93,52 @@ class AttentionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "unflatten":
             return torch.unflatten(*args, **kwargs)  # Dynamo cannot call the method
-        if func is not F.scaled_dot_product_attention:
+        if not is_attention(func):
             return func(*args, **kwargs)
         layer = getattr(self.module, site_name(self.calls), None)
         self.calls += 1
-        return _attend(self.module, layer, args, kwargs)
+        attend = _attend_flex if _is_flex(func) else _attend
+        return result(func, attend(self.module, layer, args, kwargs))
 
 
 def _attend(
     module: nn.Module, layer: nn.Module | None, args: Any, kwargs: Any
 ) -> torch.Tensor:
     """Compute one call, shape = [batch, num_heads, seq, value_size]."""
-    site, mask = read_call(*args, **kwargs)
+    site, mask = _read_call(*args, **kwargs)
+    adopted = _checked(module, layer, site)
+    query, key, value = (*args, *(kwargs[n] for n in _NAMES[len(args) :]))[:3]
+    if mask is not None and not adopted.is_in_engine:
+        _check_causal(mask, query.shape[-2])
+    return adopted.attend(query, key, value).transpose(1, 2)
+
+
+def _attend_flex(
+    module: nn.Module, layer: nn.Module | None, args: Any, kwargs: Any
+) -> torch.Tensor:
+    query, key, value, score_mod, block_mask, scale, *_ = args
+    site = AttentionSite.of(query, key, value, scale, is_flex=True)
+    if isinstance(layer, AdoptedAttention) and flex_attention.same_site(
+        site, layer.site
+    ):
+        site = layer.site
+    adopted = _checked(module, layer, site)
+    bounds = None
+    if not adopted.is_in_engine:
+        bounds = flex_attention.bounds_of(site, query, score_mod, block_mask)
+    return adopted.attend(query, key, value, bounds).transpose(1, 2)
+
+
+def _checked(
+    module: nn.Module, layer: nn.Module | None, site: AttentionSite
+) -> AdoptedAttention:
     if not isinstance(layer, AdoptedAttention) or site != layer.site:
         expected = layer.site if isinstance(layer, AdoptedAttention) else "no call"
         raise ValueError(
             f"{type(module).__name__} calls attention with {site}; when the model was "
             f"adopted it was {expected}. Each forward has to make the same calls."
         )
-    if mask is not None and not layer.is_in_engine:
-        _check_causal(mask, args[0].shape[-2] if args else kwargs["query"].shape[-2])
-    query, key, value = (*args, *(kwargs[n] for n in _NAMES[len(args) :]))[:3]
-    return layer.attend(query, key, value).transpose(1, 2)
+    return layer
 
 
 _NAMES = ("query", "key", "value")

@@ -9,13 +9,15 @@ module is the same object, `isinstance` holds and `copy.deepcopy` works.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from vllm.model_executor.determinism.functions import batch_invariant_functions
 from vllm.model_executor.models.builder.adopt import gated_mlp
+from vllm.model_executor.models.builder.adopt.attention import AdoptedAttention
+from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
 from vllm.model_executor.models.builder.adopt.torch_attention import (
     AttentionCalls,
     site_name,
@@ -52,11 +54,18 @@ def _make_class(cls: type[nn.Module]) -> type[AdoptedModule]:
         if gated_mlp.ACTIVATION in self._modules and len(args) + len(kwargs) == 1:
             return gated_mlp.forward(self, *args, *kwargs.values())
         calls = AttentionCalls(self) if site_name(0) in self._modules else nullcontext()
-        with batch_invariant_functions(), calls:
+        with batch_invariant_functions(), calls, _flex_attention(self):
             return original(self, *args, **kwargs)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (AdoptedModule, cls), {**names, "forward": forward})
+
+
+def _flex_attention(module: nn.Module) -> AbstractContextManager[None]:
+    """Where a module may call `flex_attention`."""
+    first = module._modules.get(site_name(0))
+    is_flex = isinstance(first, AdoptedAttention) and first.site.is_flex
+    return without_compiler() if is_flex else nullcontext()
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
