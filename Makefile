@@ -85,7 +85,7 @@ test-gpu: setup
 	$(PY) -m pytest -q --durations=10 tests/model_executor tests/models tests/parity \
 	  tests/training
 
-test-models: setup $(VENV)/.test-models-requirements
+test-models: setup $(VENV)/.test-models-requirements $(VENV)/.trl-requirements
 	$(PY) -m pytest -q --durations=10 -n 2 --dist loadfile tests/models/adopt --all-models
 
 test-upstream: setup $(VENV)/.upstream-requirements $(VENV)/.upstream-tests-requirements

@@ -17,11 +17,13 @@ FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat1
 # In an engine of two ranks: experts.
 FEW_SHARDED = (("mixtral", "bfloat16"),)
 
+# These need optional packages, which only all families are tested with.
+WITH_ALL_MODELS = ("test_libraries.py", "test_trl.py")
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Other libraries are needed for all families alone."""
     every = config.getoption("--all-models", default=False)
-    return True if collection_path.name == "test_libraries.py" and not every else None
+    return True if collection_path.name in WITH_ALL_MODELS and not every else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
