@@ -16,6 +16,9 @@ FEW = ("gemma3", "gpt2", "gpt_oss")
 FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat16"))
 # In an engine of two ranks: experts.
 FEW_SHARDED = (("mixtral", "bfloat16"),)
+# In an engine of two stages: a tied and scaled embedding, windows.
+FEW_STAGED = (("gemma3", "bfloat16"),)
+WITHOUT_STAGES = ("gpt2",)
 
 # These need optional packages, which only all families are tested with.
 WITH_ALL_MODELS = ("test_libraries.py", "test_trl.py")
@@ -39,6 +42,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         whole = [(family, "float32") for family in sorted(CONFIGS)]
         chosen = whole if every else FEW_SHARDED
         metafunc.parametrize("sharded_and_dtype", chosen, ids="-".join)
+    elif "staged" in metafunc.fixturenames:
+        families = sorted({*(CONFIGS if every else FEW)} - {*WITHOUT_STAGES})
+        metafunc.parametrize("staged", families)
+    elif "staged_and_dtype" in metafunc.fixturenames:
+        families = sorted({*CONFIGS} - {*WITHOUT_STAGES})
+        whole = [(family, "float32") for family in families]
+        chosen = whole if every else FEW_STAGED
+        metafunc.parametrize("staged_and_dtype", chosen, ids="-".join)
     elif "family" in metafunc.fixturenames:
         chosen = sorted(CONFIGS) if every else FEW
         metafunc.parametrize("family", chosen, scope="module")

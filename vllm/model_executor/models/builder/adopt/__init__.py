@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from vllm.model_executor.models.builder.adopt.adopting import adopt
+from vllm.model_executor.models.builder.spec import model_builder
 
 __all__ = ["adopt", "causal_lm"]
 
 
+@model_builder(supports_pp=True)
 def causal_lm(config: Any) -> nn.Module:
     """Build and adopt the transformers model of a config.
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.training import (
 from vllm.model_executor.models.builder.adopt import (
     converting,
     gated_mlp,
+    pipeline_stage,
     tensor_parallel,
     torch_attention,
 )
@@ -32,6 +34,7 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AttentionSite,
 )
 from vllm.model_executor.models.builder.adopt.gated_mlp import GatedMLP
+from vllm.model_executor.models.builder.adopt.pipeline_stage import Stage
 from vllm.model_executor.models.builder.adopt.probing import (
     Calls,
     Groups,
@@ -124,11 +127,15 @@ def adopt(
     unknown = _unknown(model, calls)
     head_path = _head_path(model, head)
     plan = _plan(model, head_path, tp_plan, context)
+    stage = _stage(model, convention, transformers, head_path, context)
+    plan.keep(stage.holds)
     mlps = gated_mlp.find(model)
-    rows, layers = _conversions(model, head_path, plan, context)
+    rows, layers = _conversions(model, head_path, plan, stage, context)
     experts = _sharded_experts(model, plan, context)
     _check_plan(model, plan, mlps, {path for path, _ in layers}, experts)
-    layers += _attention_layers(model, calls.attention, plan, context, implementation)
+    layers += _attention_layers(
+        model, calls.attention, plan, stage, context, implementation
+    )
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(
@@ -136,6 +143,7 @@ def adopt(
             f"they are:\n{table(left)}"
         )
     # From here on nothing raises: a model that is refused keeps its modules.
+    rows += _other_stages(model, stage)
     for path, layer in layers:
         model.set_submodule(path, layer)
         if isinstance(layer, AdoptedAttention):
@@ -146,7 +154,7 @@ def adopt(
     rows = _merge_linears(model, calls.linears, mlps, rows)
     if transformers is not None:
         transformers.use_training_layers(model)
-        if context.tp_size > 1:
+        if context.tp_size * context.pp_size > 1:
             vars(model)["save_pretrained"] = _refuse_to_save
     for module in list(model.modules()):
         if _runs_own_code(module):
@@ -270,6 +278,30 @@ def _plan(
     return plan
 
 
+def _stage(
+    model: nn.Module,
+    convention: CallingConvention,
+    transformers: ModuleType | None,
+    head: str | None,
+    context: ParallelContext,
+) -> Stage:
+    """What of a model is on this rank's pipeline stage."""
+    if context.pp_size == 1:
+        return pipeline_stage.WHOLE
+    recorded = nullcontext if transformers is None else transformers.recorded
+    return pipeline_stage.find_stage(model, convention.call, recorded, head, context)
+
+
+def _other_stages(model: nn.Module, stage: Stage) -> list[Row]:
+    """Leave out what other pipeline stages have."""
+    if stage is pipeline_stage.WHOLE:
+        return []
+    kinds = {path: type(model.get_submodule(path)).__name__ for path in stage.skipped}
+    stage.apply(model)
+    note = "another pipeline stage has it"
+    return [Row(path, kind, "SkippedLayer", note) for path, kind in kinds.items()]
+
+
 def _sharded_experts(
     model: nn.Module, plan: tensor_parallel.Plan, context: ParallelContext
 ) -> dict[str, Any]:
@@ -326,6 +358,7 @@ def _conversions(
     model: nn.Module,
     head: str | None,
     plan: tensor_parallel.Plan,
+    stage: Stage,
     context: ParallelContext,
 ) -> tuple[list[Row], list[tuple[str, nn.Module]]]:
     """The training layers that compute what modules compute, with their paths.
@@ -341,6 +374,8 @@ def _conversions(
     heads: list[tuple[nn.Parameter, ParallelLMHead]] = []
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not module._parameters or isinstance(module, TrainingLayer) or not path:
+            continue
+        if not stage.holds(path):
             continue
         if id(module) not in replacements:
             reason = converting.why_not(module)
@@ -382,6 +417,7 @@ def _attention_layers(
     model: nn.Module,
     sites: Sites,
     plan: tensor_parallel.Plan,
+    stage: Stage,
     context: ParallelContext,
     implementation: str | None,
 ) -> list[tuple[str, nn.Module]]:
@@ -390,6 +426,8 @@ def _attention_layers(
     paths = {module: path for path, module in model.named_modules()}
     for module, calls in sites.items():
         path = paths[module]
+        if not stage.holds(path):
+            continue
         splits = context.tp_size > 1 and plan.splits_heads(path)
         for index, site in enumerate(calls):
             if splits:

@@ -96,11 +96,11 @@ def _find_calls(
         unknown[inside[-1] if inside else "", f"{function} ({op})"] = None
 
     linears = LinearCalls(module, contiguous)
-    with _running_modules(linears) as running, _paths_in_errors(running, paths):
+    with running_modules(linears) as running, paths_in_errors(running, paths):
         recorded = transformers.recorded(module, record) if transformers else None
         recorder = _Recorder(running, record, linears)
         with recorded or nullcontext(), UnknownFunctions(report), recorder:
-            _run_on_fake_tensors(module, call)
+            run_on_fake_tensors(module, call)
     return Calls(sites, linears.groups(), tuple(unknown))
 
 
@@ -123,8 +123,8 @@ def find_counting(
             with recorder:
                 call(*tokens)
 
-        with _paths_in_errors([], {}):
-            _run_on_fake_tensors(module, recorded, recorder.num_tokens)
+        with paths_in_errors([], {}):
+            run_on_fake_tensors(module, recorded, recorder.num_tokens)
     return compare(*recorders)
 
 
@@ -155,11 +155,12 @@ class _Recorder(TorchFunctionMode):
         return torch_attention.result(func, output)
 
 
-def _run_on_fake_tensors(
+def run_on_fake_tensors(
     module: nn.Module,
     call: Callable[[torch.Tensor, torch.Tensor], Any],
     num_tokens: int = _TOKENS,
 ) -> None:
+    """Call a function of token ids and positions while a module's tensors are fake."""
     # In an engine, torch's default device is not the CPU.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.device("cpu"), torch.no_grad(), without_compiler():
@@ -193,17 +194,22 @@ class _Caller(nn.Module):
 
 
 @contextmanager
-def _running_modules(linears: LinearCalls) -> Iterator[list[nn.Module]]:
-    """The modules whose forwards run now, the innermost last."""
+def running_modules(linears: LinearCalls | None = None) -> Iterator[list[nn.Module]]:
+    """The modules whose forwards run now, the innermost last.
+
+    Args:
+        linears: Records them too.
+    """
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        linears.enter(module, running[-1] if running else None, args)
+        if linears is not None:
+            linears.enter(module, running[-1] if running else None, args)
         running.append(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         running.pop()
-        return linears.leave(module, output)
+        return None if linears is None else linears.leave(module, output)
 
     handles = [
         register_module_forward_pre_hook(enter),
@@ -217,10 +223,15 @@ def _running_modules(linears: LinearCalls) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def _paths_in_errors(
+def paths_in_errors(
     running: list[nn.Module], paths: dict[nn.Module, str]
 ) -> Iterator[None]:
-    """Say in which module something was raised."""
+    """Say in which module something was raised.
+
+    Args:
+        running: What `running_modules` gave.
+        paths: Of all modules.
+    """
     try:
         yield
     except Exception as error:

@@ -113,6 +113,10 @@ class Plan:
         """The style of the module at a path; None: every rank holds it whole."""
         return self.styles.get(path)
 
+    def keep(self, holds: Callable[[str], bool]) -> None:
+        """Forget what is not on this pipeline stage."""
+        self.styles = {p: style for p, style in self.styles.items() if holds(p)}
+
     def splits_heads(self, path: str) -> bool:
         """Whether a module below a path gives this rank's part of its features."""
         return any(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,6 +18,10 @@ from vllm.model_executor.determinism.functions import batch_invariant_functions
 from vllm.model_executor.models.builder.adopt import gated_mlp
 from vllm.model_executor.models.builder.adopt.attention import AdoptedAttention
 from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
+from vllm.model_executor.models.builder.adopt.pipeline_stage import (
+    signature,
+    stage_of,
+)
 from vllm.model_executor.models.builder.adopt.torch_attention import (
     AttentionCalls,
     site_name,
@@ -28,25 +32,26 @@ class AdoptedModule(nn.Module):
     """Marks a module that runs its own forward with functions taken over."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (type(self).__mro__[2],), self.__dict__
+        cls, is_stage = type(self).__mro__[2], stage_of(self) is not None
+        return _new, (cls, is_stage), self.__dict__
 
 
 def wrap(module: nn.Module) -> None:
     """Make a module of any class an `AdoptedModule`; in place, once."""
     if not isinstance(module, AdoptedModule):
-        module.__class__ = _adopted(type(module))
+        module.__class__ = _adopted(type(module), stage_of(module) is not None)
 
 
-_CLASSES: dict[type[nn.Module], type[AdoptedModule]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool], type[AdoptedModule]] = {}
 
 
-def _adopted(cls: type[nn.Module]) -> type[AdoptedModule]:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = _make_class(cls)
-    return _CLASSES[cls]
+def _adopted(cls: type[nn.Module], is_stage: bool) -> type[AdoptedModule]:
+    if (cls, is_stage) not in _CLASSES:
+        _CLASSES[cls, is_stage] = _make_class(cls, is_stage)
+    return _CLASSES[cls, is_stage]
 
 
-def _make_class(cls: type[nn.Module]) -> type[AdoptedModule]:
+def _make_class(cls: type[nn.Module], is_stage: bool) -> type[AdoptedModule]:
     original = cls.forward
 
     @functools.wraps(original)
@@ -54,9 +59,14 @@ def _make_class(cls: type[nn.Module]) -> type[AdoptedModule]:
         if gated_mlp.ACTIVATION in self._modules and len(args) + len(kwargs) == 1:
             return gated_mlp.forward(self, *args, *kwargs.values())
         calls = AttentionCalls(self) if site_name(0) in self._modules else nullcontext()
+        stage = stage_of(self)
         with batch_invariant_functions(), calls, _flex_attention(self):
+            if stage is not None:
+                return stage.call(self, original, args, kwargs)
             return original(self, *args, **kwargs)
 
+    if is_stage:
+        cast(Any, forward).__signature__ = signature(original)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (AdoptedModule, cls), {**names, "forward": forward})
 
@@ -68,6 +78,6 @@ def _flex_attention(module: nn.Module) -> AbstractContextManager[None]:
     return without_compiler() if is_flex else nullcontext()
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    adopted = _adopted(cls)
+def _new(cls: type[nn.Module], is_stage: bool) -> nn.Module:
+    adopted = _adopted(cls, is_stage)
     return adopted.__new__(adopted)
