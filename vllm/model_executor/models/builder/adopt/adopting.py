@@ -112,6 +112,12 @@ def adopt(
             f"{type(model).__name__} has parameters that are DTensors. Adopt the model "
             "first, then call fully_shard or parallelize_module."
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder attends to the "
+            "encoder's tokens, which the engine does not keep. Adopt a decoder-only "
+            "model."
+        )
     options = BuilderOptions(head=head, positions=positions)
     context = parallel_context or ParallelContext.current_or_single()
     transformers = _transformers_attention(model)

@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from vllm.model_executor.checkpoint.wrappers import join, own_tensors
 from vllm.model_executor.determinism.row_independence import UnknownFunctions
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
@@ -164,22 +165,34 @@ def run_on_fake_tensors(
     # In an engine, torch's default device is not the CPU.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.device("cpu"), torch.no_grad(), without_compiler():
-        tensors = {
-            f"module.{name}": torch.empty_strided(
-                t.shape, t.stride(), dtype=t.dtype, device="cpu"
-            )
-            for name, t in (*module.named_parameters(), *module.named_buffers())
-        }
+        tensors = _fake_tensors(module)
         input_ids = torch.zeros(num_tokens, dtype=torch.int64)
         positions = torch.arange(num_tokens)
         was_training = {part: part.training for part in module.modules()}
         module.eval()
         try:
             caller = _Caller(module, call)
-            torch.func.functional_call(caller, tensors, (input_ids, positions))
+            # Tied here: torch would leave a module of two places with fake tensors.
+            torch.func.functional_call(
+                caller, tensors, (input_ids, positions), tie_weights=False
+            )
         finally:
             for part, training in was_training.items():
                 part.training = training
+
+
+def _fake_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What stands for parameters and buffers, by the name of one place of each."""
+    fakes: dict[int, torch.Tensor] = {}
+    tensors = {}
+    for path, part in module.named_modules(prefix="module"):
+        for name, tensor in own_tensors(part, persistent=False):
+            if id(tensor) not in fakes:
+                fakes[id(tensor)] = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
+            tensors[join(path, name)] = fakes[id(tensor)]
+    return tensors
 
 
 class _Caller(nn.Module):
