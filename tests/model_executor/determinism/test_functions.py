@@ -400,6 +400,74 @@ def test_rows_that_are_added_on_cpu_keep_their_order():
     assert unknown(forward, x) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 8, 33, 64])
+def test_scattered_rows_are_added_in_order(width, dtype):
+    """The same by an index for each element, however wide a row is."""
+    x = rows_of(dtype, 3 * 700).cpu().repeat(1, 2)[:, :width].reshape(3, 700, width)
+
+    def forward(x):
+        rows = x.flatten(0, 1)
+        token = torch.arange(x.shape[1]).repeat(3)[:, None].expand(-1, width)
+        return torch.zeros(x.shape[1:], dtype=dtype).scatter_add(0, token, rows)
+
+    whole = forward(x)
+    for first, last in ((0, 1), (7, 10), (100, 137)):
+        assert torch.equal(forward(x[:, first:last]), whole[first:last])
+    assert bool(unknown(forward, x)) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("mode")
+def test_a_row_of_a_group_does_not_depend_on_the_others(dtype):
+    """Groups of other sizes, empty ones, and rows behind the last group."""
+    x = rows_of(dtype, 300).repeat(1, 2)[:, :64].requires_grad_()
+    weights = weight(x.detach(), 4, 64, 8).requires_grad_()
+
+    def product(rows, *ends):
+        offs = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        with batch_invariant_functions():
+            return torch._grouped_mm(rows, weights, offs=offs)
+
+    whole = product(x, 100, 100, 290, 300)
+    assert torch.equal(product(x[97:103], 3, 3, 6, 6), whole[97:103])
+    assert torch.equal(product(x[289:291], 0, 0, 1, 2), whole[289:291])
+    if DEVICE.type == "cpu":
+        assert not product(x[:5], 0, 1, 2, 3)[3:].any()
+    groups = [(0, slice(100)), (2, slice(100, 290)), (3, slice(290, 300))]
+    doubles = [each.detach().double().requires_grad_() for each in (x, weights)]
+    exact = torch.cat([doubles[0][rows] @ doubles[1][g] for g, rows in groups])
+    torch.testing.assert_close(whole.double(), exact, **TOLERANCES[dtype])
+    gradient = weight(whole, *whole.shape)
+    found = torch.autograd.grad(whole, (x, weights), gradient)
+    expected = torch.autograd.grad(exact, doubles, gradient.double())
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one.double(), other, **TOLERANCES[dtype])
+
+
+# K products of numbers below 1, and a rounding of the result.
+TOLERANCES = {
+    torch.float32: dict(rtol=1e-5, atol=1e-4),
+    torch.bfloat16: dict(rtol=2**-7, atol=2**-7),
+}
+
+
+@torch.library.custom_op("tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("tests::convolved", mutates_args=())
+def convolved(x: torch.Tensor) -> torch.Tensor:
+    return F.conv1d(x[:, None], x[:1, None, :3])[:, 0]
+
+
+def test_an_op_in_python_is_known_if_what_it_calls_is():
+    x = rows_of(torch.float32, 8)
+    assert unknown(doubled, x) == []
+    assert unknown(convolved, x) == [("convolved.default", "tests.convolved.default")]
+
+
 def unknown(function, *args):
     found = []
     with UnknownFunctions(lambda *names: found.append(names)):
@@ -439,9 +507,9 @@ def test_functions_that_copy_compare_or_round_once_are_known():
         ),
         (lambda x: torch.fft.rfft(x), "fft_rfft", "_fft_r2c"),
         (
-            lambda x: x.scatter_add(0, x[:, :1].long() * 0, x),
-            "scatter_add",
-            "scatter_add",
+            lambda x: x.scatter_reduce(0, x.long() * 0, x, "mean"),
+            "scatter_reduce",
+            "scatter_reduce",
         ),
         (lambda x: x.double() @ x.double().T, "matmul", "mm"),
         (lambda x: torch.cdist(x, x), "cdist", "_cdist_forward"),

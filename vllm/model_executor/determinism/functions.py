@@ -37,6 +37,7 @@ Replacement = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], A
 # By torch's own name for a function, which its forms (method, function) share. Each
 # has the arguments of torch's.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "_grouped_mm": products.grouped_mm,
     "__rmatmul__": products.rmatmul,
     "addmm": products.addmm,
     "addmv": products.addmv,

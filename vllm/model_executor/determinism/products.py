@@ -8,6 +8,7 @@ number of dims and on K alone, never on a size that may be the number of tokens:
 - a matrix on one side: the linear of the mode, whose bits depend on the row and on the
   row of the weight alone;
 - batches on both sides: the batched product;
+- groups of rows: the grouped product;
 - K = 1: there is nothing to add up, so it is an elementwise product.
 
 What is neither fp32, bf16 nor fp16 is left to torch: the result is NotImplemented.
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from vllm.model_executor.determinism.batched_matmul import batched_matmul
+from vllm.model_executor.determinism.grouped_matmul import grouped_matmul
 from vllm.model_executor.determinism.linear.op import linear as in_order_linear
 from vllm.model_executor.determinism.row_sum import row_sum
 from vllm.model_executor.op_library import KERNEL_DTYPES, autocast_dtype
@@ -99,6 +101,24 @@ def baddbmm(
     input: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, **factors: float
 ) -> Result:
     return addmm(input, batch1, batch2, **factors)
+
+
+def grouped_mm(
+    input: torch.Tensor,
+    mat2: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Result:
+    """Groups of rows, each times a matrix of its own."""
+    is_plain = bias is None and out_dtype in (None, input.dtype)
+    if not (_has_kernel(input, mat2) and is_plain and mat2.ndim == 3):
+        return NotImplemented
+    if offs is None or input.ndim != 2:
+        return matmul(input, mat2) if offs is None else NotImplemented
+    if input.is_cuda and input.dtype == torch.bfloat16:
+        return NotImplemented
+    return grouped_matmul(input, mat2, offs)
 
 
 def inner(input: torch.Tensor, other: torch.Tensor) -> Result:

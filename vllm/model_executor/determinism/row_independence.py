@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,6 +46,10 @@ _COPIES = names(
 _ROW_BY_ROW = names("native_layer_norm")
 # Adds to a row in the order of the indices; not so on CUDA.
 _IN_ORDER_ON_CPU = names("index_add")
+# The same. What is examined on CPU may run on CUDA, where there is one.
+_IN_ORDER_WITHOUT_CUDA = names("scatter_add")
+# Groups of rows, added up in order.
+_ON_CUDA = names("_grouped_mm")
 # Elementwise, but without torch's tag for it.
 _UNTAGGED = names("glu log_sigmoid_forward")
 _EXACT_IF_COMPLEX = names("add clone conj_physical masked_fill neg sub where")
@@ -76,18 +81,36 @@ def is_row_independent(
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
         return bool(tensors) or not op._schema.is_mutable
     if op.namespace != "aten":
-        return False
+        return _consists_of_known(op, args, kwargs)
     if _is_view(op) or name in _ROW_BY_ROW:
         return True
     if name in _COPIES:
         accumulates = name in ("index_put", "_index_put_impl") and any(args[3:4])
         return not accumulates and "reduce" not in op._overloadname
     if tensors and all(tensor.is_cuda for tensor in tensors):
-        known = EXACT | INEXACT | _UNTAGGED
+        known = EXACT | INEXACT | _UNTAGGED | _ON_CUDA
         return torch.Tag.pointwise in op.tags or name in known
     if any(isinstance(arg, torch.Tensor) and arg.is_complex() for arg in args):
         return name in _EXACT_IF_COMPLEX
+    if name in _IN_ORDER_WITHOUT_CUDA:
+        return not torch.cuda.is_available()
     return name in EXACT | _IN_ORDER_ON_CPU and "alpha" not in kwargs
+
+
+def _consists_of_known(
+    op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether an op that is a Python function calls nothing unknown.
+
+    It is called once more, so that `UnknownFunctions` is for tensors without values.
+    """
+    definition = OPDEFS.get(op._schema.name)
+    if definition is None:
+        return False
+    unknown: list[str] = []
+    with _UnknownOps(op, lambda _, inner: unknown.append(inner)):
+        definition._init_fn(*args, **kwargs)
+    return not unknown
 
 
 class UnknownFunctions(BatchInvariantFunctions):
