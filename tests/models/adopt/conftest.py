@@ -14,8 +14,8 @@ from tests.models.adopt.families import CONFIGS
 FEW = ("gemma3", "gpt2", "gpt_oss")
 # In an engine: capped logits too.
 FEW_SERVED = (("gemma2", "bfloat16"), ("gpt_oss", "float32"), ("llama", "bfloat16"))
-# In an engine of two ranks: experts.
-FEW_SHARDED = (("mixtral", "bfloat16"),)
+# In an engine of two ranks: experts; transposed weights.
+FEW_SHARDED = (("mixtral", "bfloat16"), ("gpt2", "float32"))
 # In an engine of two stages: a tied and scaled embedding, windows.
 FEW_STAGED = (("gemma3", "bfloat16"),)
 WITHOUT_STAGES = ("gpt2",)

@@ -13,16 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.forks import run_python
 from tests.models.adopt.families import CONFIGS, make
+from tests.models.adopt.plain import NanoConfig, NanoGPT
 from tests.models.gpus import skip_without_gpus
 from vllm import ModelRegistry, training
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import parity
 
 CHECKS = Path(__file__).with_name("tensor_parallel_checks.py")
-# Not: without a plan.
-WITHOUT_PLAN = ("gpt2", "gpt_oss")
-WITH_PLAN = sorted({*CONFIGS}.difference(WITHOUT_PLAN))
-FEW = ("mixtral", "qwen3")
+# What differs most: transposed weights; latent attention; experts with biases, sinks.
+FEW = ("gpt2", "deepseek_v3", "gpt_oss")
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 RANKS = [ParallelContext(tp_rank=rank, tp_size=2) for rank in range(2)]
 
@@ -97,9 +96,54 @@ def test_a_plan_of_ones_own(model):
 
 
 def test_a_model_without_a_plan_is_held_whole(caplog_vllm):
-    adopted = training.adopt(make("gpt2"), parallel_context=RANKS[0])
+    model = NanoGPT(NanoConfig())
+    adopted = training.adopt(model, parallel_context=RANKS[0])
     assert "has no tensor-parallel plan" in caplog_vllm.text
-    assert adopted.transformer.h[0].attn.trainable_attention.num_heads == 2
+    assert adopted.h[0].attn.trainable_attention.num_heads == 2
+
+
+def test_the_plan_of_the_user_wins(caplog_vllm):
+    adopted = training.adopt(make("gpt2"), tp_plan={}, parallel_context=RANKS[0])
+    assert "has no tensor-parallel plan" in caplog_vllm.text
+    attention = adopted.transformer.h[0].attn
+    assert attention.c_attn.weight.shape == (64, 192) and attention.split_size == 64
+
+
+def test_queries_keys_and_values_in_one_layer():
+    model = make("gpt2")
+    for rank, part in enumerate(assert_shards(model)):
+        attention = part.transformer.h[0].attn
+        assert attention.split_size == 32
+        assert attention.trainable_attention.num_heads == 1
+        whole = model.transformer.h[0].attn.c_attn.weight.view(64, 3, 2, 32)
+        own = attention.c_attn.weight.view(64, 3, 32)
+        assert torch.equal(own, whole[:, :, rank])
+        mlp = part.transformer.h[0].mlp
+        assert mlp.c_fc.weight.shape == (64, 128)
+        assert mlp.c_proj.weight.shape == (128, 64)
+
+
+def test_sinks_and_biases_of_experts():
+    model = make("gpt_oss")
+    for rank, part in enumerate(assert_shards(model)):
+        layer, whole = part.model.layers[0], model.model.layers[0]
+        sinks = whole.self_attn.sinks.chunk(2)[rank]
+        assert torch.equal(layer.self_attn.sinks, sinks)
+        assert torch.equal(layer.self_attn.trainable_attention.sinks, sinks)
+        # Gate and up lie side by side for each feature.
+        bias = whole.mlp.experts.gate_up_proj_bias.chunk(2, 1)[rank]
+        assert torch.equal(layer.mlp.experts.gate_up_proj_bias, bias)
+        bias = whole.mlp.experts.down_proj_bias
+        assert torch.equal(layer.mlp.experts.down_proj_bias, bias)
+
+
+def test_latent_attention():
+    for part in assert_shards(make("deepseek_v3")):
+        attention = part.model.layers[1].self_attn
+        assert attention.trainable_attention.num_heads == 2
+        assert attention.kv_a_proj_with_mqa.part_sizes == [16, 16]
+        assert attention.kv_a_proj_with_mqa.weight.shape == (32, 64)
+        assert attention.kv_b_proj.weight.shape == (64, 16)
 
 
 EXPERTS = "model.layers.*.mlp.experts"
@@ -140,6 +184,43 @@ EXPERTS = "model.layers.*.mlp.experts"
         ),
         (
             "phi3",
+            {"model.layers.*.mlp.gate_up_proj": "qkv_colwise"},
+            2,
+            "gate_up_proj: .* for a layer of a module that calls attention",
+        ),
+        (
+            "gpt2",
+            {"transformer.h.*.attn.c_proj": "qkv_colwise"},
+            2,
+            r"queries, keys and values of 64 \+ 64 \+ 64 features.* has 64 output",
+        ),
+        (
+            "gpt2",
+            {"transformer.h.*.mlp.c_fc": "colwise_gather_output"},
+            2,
+            "linear layer with a transposed weight has no .* 'colwise_gather_output'",
+        ),
+        (
+            "gpt2",
+            {"transformer.h.*.attn.num_heads": "per_rank"},
+            64,
+            "attn.num_heads is 2, which 64 ranks do not divide",
+        ),
+        ("gpt2", {"transformer.h.*.attn.config": "per_rank"}, 2, "has no such module"),
+        (
+            "qwen3",
+            {"model.layers.*.self_attn.k_proj": "mla_kv_a_proj"},
+            2,
+            "k_proj: .* needs qk_rope_head_dim",
+        ),
+        (
+            "gpt_oss",
+            {"model.layers.*.self_attn.sinks": "colwise"},
+            2,
+            "sinks the style 'colwise'. Styles are given to modules",
+        ),
+        (
+            "phi3",
             {"model.layers.*.mlp.gate_up_proj": "colwise"},
             2,
             "gate and up in one layer.* Use 'packed_colwise'",
@@ -160,7 +241,7 @@ def test_two_ranks_are_one(tmp_path, request):
     """Bits, gradients, and checkpoints."""
     skip_without_gpus(2)
     every = request.config.getoption("--all-models", default=False)
-    families = WITH_PLAN if every else FEW
+    families = sorted(CONFIGS) if every else FEW
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = run_python(

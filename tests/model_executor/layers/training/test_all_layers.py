@@ -22,6 +22,7 @@ from vllm.model_executor.layers.training import (
     GatherSequence,
     Gelu,
     GeluAndMul,
+    LatentKVLinear,
     LayerNorm,
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -33,7 +34,8 @@ from vllm.model_executor.layers.training import (
     SplitSequence,
     TrainableAttention,
     TrainingLayer,
-    TransposedLinear,
+    TransposedColumnParallelLinear,
+    TransposedRowParallelLinear,
     VLLMFlashAttention,
     VocabParallelEmbedding,
     full_logprobs,
@@ -78,8 +80,16 @@ LAYERS = {
         lambda dtype: QKVParallelLinear(SIZE, 4, 4, 2, params_dtype=dtype),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
-    TransposedLinear: (
-        lambda dtype: TransposedLinear(SIZE, 12, params_dtype=dtype),
+    TransposedColumnParallelLinear: (
+        lambda dtype: TransposedColumnParallelLinear(SIZE, [8, 4], params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    TransposedRowParallelLinear: (
+        lambda dtype: TransposedRowParallelLinear(SIZE, 12, params_dtype=dtype),
+        lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
+    ),
+    LatentKVLinear: (
+        lambda dtype: LatentKVLinear(SIZE, 12, 4, params_dtype=dtype),
         lambda dtype: (x(TOKENS, SIZE, dtype=dtype),),
     ),
     VocabParallelEmbedding: (
@@ -276,7 +286,9 @@ LINEAR = [
     RowParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
-    TransposedLinear,
+    TransposedColumnParallelLinear,
+    TransposedRowParallelLinear,
+    LatentKVLinear,
     ParallelLMHead,
 ]
 

@@ -14,12 +14,12 @@ from vllm.model_executor.layers.training.embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.layers.training.flash_attention import VLLMFlashAttention
+from vllm.model_executor.layers.training.latent_linear import LatentKVLinear
 from vllm.model_executor.layers.training.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    TransposedLinear,
 )
 from vllm.model_executor.layers.training.logprobs import (
     full_logprobs,
@@ -32,12 +32,17 @@ from vllm.model_executor.layers.training.sequence_parallel import (
     GatherSequence,
     SplitSequence,
 )
+from vllm.model_executor.layers.training.transposed_linear import (
+    TransposedColumnParallelLinear,
+    TransposedRowParallelLinear,
+)
 
 __all__ = [
     "ColumnParallelLinear",
     "GatherSequence",
     "Gelu",
     "GeluAndMul",
+    "LatentKVLinear",
     "LayerNorm",
     "MergedColumnParallelLinear",
     "ParallelLMHead",
@@ -49,7 +54,8 @@ __all__ = [
     "SplitSequence",
     "TrainableAttention",
     "TrainingLayer",
-    "TransposedLinear",
+    "TransposedColumnParallelLinear",
+    "TransposedRowParallelLinear",
     "VLLMFlashAttention",
     "VocabParallelEmbedding",
     "full_logprobs",

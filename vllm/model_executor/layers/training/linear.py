@@ -122,6 +122,10 @@ class ParallelLinear(TrainingLayer):
                 f"{weight.dtype}; cast one to the other's dtype, or use torch.autocast."
             )
 
+    def _effective_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight, shape = [out_features, in_features] of this rank, and bias."""
+        return self.weight, self.bias
+
     def _finish(self, output: torch.Tensor) -> LinearOutput:
         return (output, None) if self.return_bias else output
 
@@ -235,9 +239,6 @@ class ColumnParallelLinear(ParallelLinear):
             output = gather_from_group(output, self.parallel_context)
         return self._finish(output)
 
-    def _effective_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.weight, self.bias
-
     def bind_engine(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         return vllm_internals.ColumnParallelLinear(
             self.input_size,
@@ -245,55 +246,6 @@ class ColumnParallelLinear(ParallelLinear):
             gather_output=self.gather_output,
             **self._engine_arguments(vllm_config, prefix),
         )
-
-
-class TransposedLinear(ParallelLinear):
-    """y = x W + b, with the weight stored as GPT-2's `Conv1D` stores it.
-
-    Every rank holds it whole.
-
-    Args:
-        input_size: Input features.
-        output_size: Output features.
-        bias: Add a bias.
-        params_dtype: Dtype of the parameters; torch's default dtype if None.
-
-    Attributes:
-        weight: shape = [input_size, output_size]
-        bias: shape = [output_size] or None
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        bias: bool = True,
-        *,
-        params_dtype: torch.dtype | None = None,
-    ) -> None:
-        single = ParallelContext.single()
-        super().__init__(
-            input_size, output_size, bias, params_dtype, False, False, single
-        )
-        self._create_parameters()
-
-    def parameter_sharding(self) -> dict[str, ParameterSharding]:
-        shapes = {"weight": (self.input_size, self.output_size)} | (
-            {"bias": (self.output_size,)} if self.has_bias else {}
-        )
-        return {n: ParameterSharding.replicated(shape) for n, shape in shapes.items()}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer.
-
-        Args:
-            x: shape = [..., input_size].
-
-        Returns:
-            shape = [..., output_size].
-        """
-        self._check_input(x, self.input_size)
-        return linear(x, self.weight.t(), self.bias)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -662,9 +614,10 @@ class RowParallelLinear(ParallelLinear):
         self, x: torch.Tensor, bias: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """This rank's, the bias in the first."""
+        weight, _ = self._effective_parameters()
         if self.num_products == 1:
-            return [linear(x, self.weight, bias)]
-        weights = self.weight.chunk(self.num_products, 1)
+            return [linear(x, weight, bias)]
+        weights = weight.chunk(self.num_products, 1)
         first, *others = zip(x.chunk(self.num_products, -1), weights, strict=True)
         return [linear(*first, bias), *(linear(*other) for other in others)]
 

@@ -25,11 +25,13 @@ from torch import nn
 
 from vllm.model_executor.layers.training import (
     ColumnParallelLinear,
+    LatentKVLinear,
     MergedColumnParallelLinear,
 )
 from vllm.model_executor.layers.training.base import runs_own_forward, skip_init
 
 _GROUPS = "linears_of_one_input"
+_MERGED = (ColumnParallelLinear, LatentKVLinear)
 
 
 class LinearGroup(NamedTuple):
@@ -54,7 +56,9 @@ def may_merge(owner: nn.Module, names: Sequence[str]) -> bool:
     layers = [owner._modules.get(name) for name in names]
     kinds = []
     for layer in layers:
-        if type(layer) is not ColumnParallelLinear or runs_own_forward(layer):
+        if not isinstance(layer, ColumnParallelLinear):
+            return False
+        if type(layer) not in _MERGED or runs_own_forward(layer):
             return False
         # Gathered outputs would not be in the order of the layers.
         if (layer.gather_output and layer.tp_size > 1) or layer.return_bias:

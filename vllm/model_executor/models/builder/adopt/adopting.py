@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm.logger import init_logger
+from vllm.model_executor.checkpoint.specification import ParameterSharding, Part
 from vllm.model_executor.checkpoint.wrappers import join
 from vllm.model_executor.determinism.mode import is_batch_invariant
 from vllm.model_executor.determinism.probes import BatchInvarianceError
@@ -132,16 +133,16 @@ def adopt(
         )
     unknown = _unknown(model, calls)
     head_path = _head_path(model, head)
-    plan = _plan(model, head_path, tp_plan, context)
+    plan = _plan(model, head_path, tp_plan, calls.attention, context)
     stage = _stage(model, convention, transformers, head_path, context)
     plan.keep(stage.holds)
     mlps = gated_mlp.find(model)
     rows, layers = _conversions(model, head_path, plan, stage, context)
     experts = _sharded_experts(model, plan, context)
-    _check_plan(model, plan, mlps, {path for path, _ in layers}, experts)
-    layers += _attention_layers(
+    attention = _attention_layers(
         model, calls.attention, plan, stage, context, implementation
     )
+    _check_plan(model, plan, mlps, dict(layers), dict(attention), experts, context)
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(
@@ -150,10 +151,12 @@ def adopt(
         )
     # From here on nothing raises: a model that is refused keeps its modules.
     rows += _other_stages(model, stage)
-    for path, layer in layers:
+    plan.divide_numbers(context.tp_size)
+    for path, layer in [*layers, *attention]:
         model.set_submodule(path, layer)
-        if isinstance(layer, AdoptedAttention):
-            rows.append(Row(path, "attention", "TrainableAttention"))
+    for path, layer in attention:
+        rows.append(Row(path, "attention", "TrainableAttention"))
+        _shard_sinks(model, path, layer)
     for sharded in experts.values():
         sharded.shard(context)
     rows += _take_over_mlps(model, mlps)
@@ -261,12 +264,13 @@ def _plan(
     model: nn.Module,
     head: str | None,
     given: Mapping[str, str] | None,
+    sites: Sites,
     context: ParallelContext,
 ) -> tensor_parallel.Plan:
     styles = tensor_parallel.plan_of(model) if given is None else given
     if context.tp_size == 1 and context.tp_reduction_shards == 1:
-        return tensor_parallel.Plan(model, {})
-    plan = tensor_parallel.Plan(model, styles)
+        return tensor_parallel.Plan(model, {}, sites)
+    plan = tensor_parallel.Plan(model, styles, sites)
     if not plan.styles.keys() - {head}:
         logger.warning(
             "%s has no tensor-parallel plan, so each of %d ranks holds and computes "
@@ -323,16 +327,26 @@ def _check_plan(
     model: nn.Module,
     plan: tensor_parallel.Plan,
     mlps: Mapping[nn.Module, GatedMLP],
-    converted: Collection[str],
+    layers: Mapping[str, nn.Module],
+    attention: Mapping[str, AdoptedAttention],
     experts: Mapping[str, Any],
+    context: ParallelContext,
 ) -> None:
     """Refuse a plan with what is not sharded, or what would be sharded wrongly."""
     modules = dict(model.named_modules())
+    # The style that a parameter has if its module is sharded.
+    parameters: dict[str, str | None] = {
+        join(path, name): sharded.style(name)
+        for path, sharded in experts.items()
+        for name, _ in sharded.module.named_parameters()
+    }
+    for path, layer in attention.items():
+        if layer.site.sinks is not None and layer.tp_size > 1:
+            parameters[join(path.rpartition(".")[0], layer.site.sinks)] = "colwise"
     for path, style in plan.styles.items():
         module = modules.get(path)
         if module is None:
-            owner, _, name = path.rpartition(".")
-            accepted = experts[owner].style(name) if owner in experts else None
+            accepted = parameters.get(path)
             if style != accepted:
                 raise ValueError(
                     f"tp_plan gives the parameter {path} the style {style!r}. "
@@ -343,7 +357,7 @@ def _check_plan(
                         f"modules with the style {tensor_parallel.EXPERTS!r}."
                     )
                 )
-        elif path in experts or path in converted or style in tensor_parallel.WHOLE:
+        elif path in experts or path in layers or style in tensor_parallel.WHOLE:
             continue
         elif any(True for _ in module.parameters()):
             raise ValueError(
@@ -351,13 +365,31 @@ def _check_plan(
                 f"{style!r}, and there is no training layer that can take its place. "
                 "Leave it out of tp_plan, so that every rank holds it whole."
             )
+    for path in plan.numbers:
+        owner, _, name = path.rpartition(".")
+        number = getattr(modules[owner], name)
+        if number % context.tp_size:
+            raise ValueError(
+                f"{path} is {number}, which {context.tp_size} ranks do not divide. "
+                "Choose a tensor-parallel size that does."
+            )
     for path, module in modules.items():
         inputs = mlps[module].inputs if module in mlps else ()
-        if len(inputs) == 1 and plan.style(join(path, inputs[0])) == "colwise":
+        if len(inputs) == 1 and plan.styles.get(join(path, inputs[0])) == "colwise":
             raise ValueError(
                 f"{join(path, inputs[0])} is gate and up in one layer, so 'colwise' "
                 "would give a rank the wrong features. Use 'packed_colwise'."
             )
+
+
+def _shard_sinks(model: nn.Module, path: str, layer: AdoptedAttention) -> None:
+    """Keep the sinks of this rank's heads, which the calling module has."""
+    name = layer.site.sinks
+    if name is not None and layer.tp_size > 1:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        sinks = owner.get_parameter(name)
+        sharding = ParameterSharding(sinks.shape, 0, (Part(None, None, len(sinks)),))
+        converting.shard_parameters(owner, {name: sharding}, layer.parallel_context)
 
 
 def _conversions(
@@ -426,9 +458,9 @@ def _attention_layers(
     stage: Stage,
     context: ParallelContext,
     implementation: str | None,
-) -> list[tuple[str, nn.Module]]:
+) -> list[tuple[str, AdoptedAttention]]:
     """A layer for each call of attention, with its path."""
-    layers: list[tuple[str, nn.Module]] = []
+    layers: list[tuple[str, AdoptedAttention]] = []
     paths = {module: path for path, module in model.named_modules()}
     for module, calls in sites.items():
         path = paths[module]

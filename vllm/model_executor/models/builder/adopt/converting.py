@@ -28,13 +28,15 @@ from vllm.model_executor.layers.training import (
     ParallelLMHead,
     RMSNorm,
     TrainingLayer,
-    TransposedLinear,
     VocabParallelEmbedding,
     skip_init,
 )
 from vllm.model_executor.layers.training.base import runs_own_forward
 from vllm.model_executor.layers.training.engine_layers import scaled
-from vllm.model_executor.models.builder.adopt import tensor_parallel
+from vllm.model_executor.models.builder.adopt.tensor_parallel import (
+    Style,
+    linear_layer,
+)
 from vllm.model_executor.models.builder.binding import copy_attributes
 from vllm.model_executor.op_library import SUPPORTED_DTYPES
 from vllm.model_executor.parallel_context import ParallelContext
@@ -68,7 +70,7 @@ def why_not(module: nn.Module) -> str | None:
 def converted(
     module: nn.Module,
     context: ParallelContext,
-    style: str | None = None,
+    style: Style | None = None,
     is_head: bool = False,
 ) -> TrainingLayer | None:
     """The training layer that computes what a module computes; None: there is none.
@@ -76,8 +78,8 @@ def converted(
     Args:
         module: Without submodules.
         context: What embeddings, heads and layers with a style are sharded by.
-        style: How the layer is sharded over tensor-parallel ranks, one of
-            `tensor_parallel.STYLES`; None: every rank holds it whole.
+        style: How the layer is sharded over tensor-parallel ranks; None: every rank
+            holds it whole.
         is_head: The module gives logits.
     """
     names = frozenset(n for n, p in module._parameters.items() if p is not None)
@@ -93,8 +95,8 @@ def converted(
                 layer = _embedding(module, weight, context)
             elif weight.ndim == 2:
                 layer = _linear(module, weight, context, style, is_head)
-                if layer is None and not is_head and style is None:
-                    layer = _transposed_linear(module, weight)
+                if layer is None and not is_head:
+                    layer = _transposed_linear(module, weight, context, style)
             else:
                 layer = None
         else:
@@ -128,11 +130,32 @@ def shard_of(
     return nn.Parameter(shard, parameter.requires_grad)
 
 
+def shard_parameters(
+    module: nn.Module,
+    shardings: Mapping[str, ParameterSharding],
+    context: ParallelContext,
+) -> None:
+    """Keep this rank's part of a module's own parameters, and declare it.
+
+    Args:
+        module: Stays in its place.
+        shardings: Of its parameters, by name.
+        context: Of this rank.
+    """
+    for name, sharding in shardings.items():
+        setattr(module, name, shard_of(module.get_parameter(name), sharding, context))
+    vars(module)["parallel_context"] = context
+    # What `checkpoint.declared_sharding` calls.
+    vars(module)["parameter_sharding"] = functools.partial(
+        dict[str, ParameterSharding], shardings
+    )
+
+
 def _linear(
     module: nn.Module,
     weight: torch.Tensor,
     context: ParallelContext,
-    style: str | None,
+    style: Style | None,
     is_head: bool,
 ) -> TrainingLayer | None:
     out_features, in_features = weight.shape
@@ -155,17 +178,23 @@ def _linear(
             params_dtype=weight.dtype,
             parallel_context=context,
         )
-    make = functools.partial(
-        tensor_parallel.linear_class(style),
+    return linear_layer(
+        style,
         in_features,
         out_features,
         bias is not None,
+        is_transposed=False,
         params_dtype=weight.dtype,
+        context=context,
     )
-    return make(parallel_context=context if style else ParallelContext.single())
 
 
-def _transposed_linear(module: nn.Module, weight: torch.Tensor) -> TrainingLayer | None:
+def _transposed_linear(
+    module: nn.Module,
+    weight: torch.Tensor,
+    context: ParallelContext,
+    style: Style | None,
+) -> TrainingLayer | None:
     in_features, out_features = weight.shape
     bias = module._parameters.get("bias")
     if bias is not None and bias.shape != (out_features,):
@@ -176,8 +205,14 @@ def _transposed_linear(module: nn.Module, weight: torch.Tensor) -> TrainingLayer
 
     if not computes(module, linear, random_inputs(in_features)):
         return None
-    return TransposedLinear(
-        in_features, out_features, bias is not None, params_dtype=weight.dtype
+    return linear_layer(
+        style,
+        in_features,
+        out_features,
+        bias is not None,
+        is_transposed=True,
+        params_dtype=weight.dtype,
+        context=context,
     )
 
 
@@ -224,7 +259,7 @@ def _norm(
     module: nn.Module,
     weight: torch.Tensor,
     context: ParallelContext,
-    style: str | None,
+    style: Style | None,
 ) -> TrainingLayer | None:
     (size,) = weight.shape
     # Of a norm over each head, every rank has other heads.

@@ -12,7 +12,6 @@ A token's outputs are added up within a slice, and the slices as those of a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from vllm.model_executor.layers.training.collectives import (
     reduce_from_group,
     sum_parts_from_group,
 )
-from vllm.model_executor.models.builder.adopt.converting import shard_of
+from vllm.model_executor.models.builder.adopt.converting import shard_parameters
 from vllm.model_executor.models.builder.adopt.tensor_parallel import EXPERTS, Plan
 from vllm.model_executor.op_library import define_op
 from vllm.model_executor.parallel_context import ParallelContext
@@ -255,14 +254,7 @@ class ShardedExperts(NamedTuple):
 
     def shard(self, context: ParallelContext) -> None:
         """Keep this rank's part of the parameters."""
-        for name, sharding in self.shardings.items():
-            parameter = shard_of(self.module.get_parameter(name), sharding, context)
-            setattr(self.module, name, parameter)
-        vars(self.module)["parallel_context"] = context
-        # What `checkpoint.declared_sharding` calls.
-        vars(self.module)["parameter_sharding"] = functools.partial(
-            dict[str, ParameterSharding], self.shardings
-        )
+        shard_parameters(self.module, self.shardings, context)
 
 
 def find_sharded(
@@ -276,7 +268,7 @@ def find_sharded(
     """
     found = {}
     for path, module in model.named_modules():
-        if plan.style(path) != EXPERTS:
+        if plan.styles.get(path) != EXPERTS:
             continue
         if "experts_handle" not in vars(module):
             raise ValueError(
