@@ -14,11 +14,13 @@ from tests.models.adopt.plain import NanoAttention, NanoConfig, NanoGPT, RotaryG
 from vllm import ModelRegistry, training
 from vllm.model_executor.determinism.probes import BatchInvarianceError
 from vllm.model_executor.layers.training import TrainableAttention
+from vllm.model_executor.models.builder.adopt import probing
 from vllm.model_executor.models.builder.convention import (
     CallingConvention,
     logits_of,
 )
 from vllm.model_executor.models.builder.spec import INFERRED
+from vllm.training import parity
 
 CONFIG = NanoConfig()
 POSITIONS = torch.arange(9).expand(2, 9)
@@ -228,6 +230,91 @@ def test_a_mask_is_compared_with_the_causal_one():
     Masked.skip = 1
     with pytest.raises(ValueError, match="not exactly the causal one"):
         model(_ids())
+
+
+class Local(NanoAttention):
+    """A window in a mask that is made in a loop, as a number to add."""
+
+    window = 4
+
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        seq = x.shape[1]
+        mask = torch.full((seq, seq), -torch.inf, dtype=x.dtype)
+        for place in range(seq):
+            mask[place, max(0, place + 1 - self.window) : place + 1] = 0
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask[None])
+        return self.c_proj(y[:, 0])
+
+
+def test_a_window_in_a_mask(make_llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    model = _nano(Local).eval()
+    adopted = training.adopt(copy.deepcopy(model))
+    assert adopted.h[0].attn.trainable_attention.site.sliding_window is None
+    assert adopted.h[1].attn.trainable_attention.site.sliding_window == 4
+    torch.testing.assert_close(adopted(_ids())[0], model(_ids())[0])
+    training.save_checkpoint(model, tmp_path)
+    fields = {"architectures": ["Local"], **vars(CONFIG)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ModelRegistry.register_model("Local", lambda config: training.adopt(_nano(Local)))
+    llm = make_llm(tmp_path, max_model_len=96)
+    prompts = [[5, 6, 7, 8, 9], [3 + i % 90 for i in range(40)]]
+    report = parity.check(llm, adopted, prompts, max_tokens=12)
+    assert report.all_equal, report
+
+
+def test_a_window_that_only_shows_in_long_sequences(make_llm, tmp_path, monkeypatch):
+    """In a trainer each call is checked, in an engine what it may be called with."""
+    monkeypatch.setattr(Local, "window", 80)
+    monkeypatch.setattr(probing, "_lengths_with_masks", lambda: (64,))
+    adopted = training.adopt(_nano(Local))
+    ids = torch.zeros(1, 90, dtype=torch.long)
+    adopted(ids[:, :80])
+    with pytest.raises(ValueError, match="not exactly the causal one"):
+        adopted(ids)
+    monkeypatch.undo()
+    monkeypatch.setattr(Local, "window", 80)
+    training.save_checkpoint(_nano(Local), tmp_path)
+    fields = {"architectures": ["Local"], **vars(CONFIG)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = []
+
+    def build(config):
+        model = training.adopt(_nano(Local))
+        found.append(model.h[1].attn.trainable_attention.site.sliding_window)
+        return model
+
+    ModelRegistry.register_model("Local", build)
+    make_llm(tmp_path, max_model_len=96)
+    assert found == [80]
+
+
+class Padded(NanoAttention):
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        seq = x.shape[1]
+        mask = torch.ones(seq, seq, dtype=torch.bool).tril()
+        mask[:, 0] = self.sees_first
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        return self.c_proj(y[:, 0])
+
+
+class Biased(NanoAttention):
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        places = torch.arange(x.shape[1])
+        bias = (places - places[:, None]).to(x.dtype)
+        bias = bias.masked_fill(bias > 0, -torch.inf)
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=bias)
+        return self.c_proj(y[:, 0])
+
+
+@pytest.mark.parametrize("attention", [Padded, Biased])
+def test_other_masks_are_refused_when_a_model_is_adopted(attention, monkeypatch):
+    monkeypatch.setattr(Padded, "sees_first", False, raising=False)
+    with pytest.raises(ValueError, match=r"h\.1\.attn: .*not exactly the causal one"):
+        training.adopt(_nano(attention))
 
 
 class Convolved(nn.Module):

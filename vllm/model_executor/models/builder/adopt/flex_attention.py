@@ -25,6 +25,7 @@ from torch.nn.attention import flex_attention as torchs
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
+from vllm.model_executor.models.builder.adopt.masks import causal
 
 # What `flex_attention` calls, also where a caller has compiled it.
 OPERATOR = torch.ops.higher_order.flex_attention
@@ -91,7 +92,7 @@ def bounds_of(
     if torch.compiler.is_compiling():
         mask = _mask(block_mask[-1], batch, num_heads, seq, query.device)
         # Inductor has no comparison of the truth values of places.
-        wrong = mask ^ _causal(seq, site.sliding_window, query.device)
+        wrong = mask ^ causal(seq, site.sliding_window, query.device)
         torch._assert_async(wrong.sum() == 0, _NOT_CAUSAL)
         return None
     with torch.device(query.device):
@@ -176,7 +177,7 @@ def _window(mask_mod: Callable[..., torch.Tensor], num_heads: int) -> int | None
         ) from error
     count = int(far[0].sum())
     window = None if count > _FAR else count
-    expected = _causal(_NEAR, window, torch.device("cpu"))
+    expected = causal(_NEAR, window, torch.device("cpu"))
     in_window = keys > _FAR - count
     if not (near == expected).all() or not all((x == in_window).all() for x in far):
         raise ValueError(_NOT_CAUSAL)
@@ -199,12 +200,6 @@ def _mask(
     return mask.bool().expand(shape)
 
 
-def _causal(seq: int, window: int | None, device: torch.device) -> torch.Tensor:
-    places = torch.arange(seq, device=device)
-    distance = places[:, None] - places
-    return (distance >= 0) & (distance < (window or seq + 1))
-
-
 def _bounds(mask: torch.Tensor, window: int | None, batch: int) -> torch.Tensor | None:
     """Bounds of the sequences that a mask keeps apart."""
     seq = mask.shape[-1]
@@ -212,7 +207,7 @@ def _bounds(mask: torch.Tensor, window: int | None, batch: int) -> torch.Tensor 
     starts = torch.ones_like(mask[:, 0, 0])
     starts[:, 1:] = ~mask[:, 0].diagonal(-1, 1, 2)
     first = torch.where(starts, places, 0).cummax(1).values
-    expected = _causal(seq, window, mask.device) & (places >= first[:, :, None])
+    expected = causal(seq, window, mask.device) & (places >= first[:, :, None])
     if not bool((mask == expected[:, None]).all()):
         raise ValueError(_NOT_CAUSAL)
     if window == 1 or not bool(starts[:, 1:].any()):

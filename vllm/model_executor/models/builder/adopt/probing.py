@@ -14,19 +14,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
 
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.checkpoint.wrappers import join, own_tensors
 from vllm.model_executor.determinism.row_independence import UnknownFunctions
 from vllm.model_executor.models.builder.adopt import torch_attention
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
 from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
+from vllm.model_executor.models.builder.adopt.known_values import KnownValues
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
+from vllm.model_executor.models.builder.adopt.masks import visible, window_of
 from vllm.model_executor.models.builder.counting import (
     Counting,
     CountingRecorder,
@@ -35,6 +38,7 @@ from vllm.model_executor.models.builder.counting import (
 from vllm.model_executor.models.builder.merged_linears import LinearGroup
 
 _TOKENS = 6
+_LONGEST_MASK = 16384
 
 # By calling module, in the order of its calls.
 Sites = dict[nn.Module, list[AttentionSite]]
@@ -47,12 +51,14 @@ class Calls(NamedTuple):
     Attributes:
         attention: By module, what it asks of attention.
         linears: By module, children of it that are called with one tensor.
+        has_masks: Whether one of them is given a mask as a tensor.
         unknown: Path of a module and the function of torch that it calls, where a
             token's row may depend on the batch.
     """
 
     attention: Sites
     linears: Groups
+    has_masks: bool
     unknown: tuple[tuple[str, str], ...]
 
 
@@ -71,11 +77,43 @@ def find_calls(
     Raises:
         ValueError: Attention is called in a way that cannot be trained and served.
     """
+    contiguous = False
     try:
-        return _find_calls(module, call, transformers, contiguous=False)
+        calls = _find_calls(module, call, transformers, contiguous)
     except ValueError:
         # Columns of a merged product are apart, which a `view` may not allow.
-        return _find_calls(module, call, transformers, contiguous=True)
+        contiguous = True
+        calls = _find_calls(module, call, transformers, contiguous)
+    if not calls.has_masks:
+        return calls
+    *lengths, last = _lengths_with_masks()
+    for length in lengths:
+        try:
+            return _find_calls(module, call, transformers, contiguous, length)
+        except ValueError:  # It may be longer than what the module takes.
+            continue
+    return _find_calls(module, call, transformers, contiguous, last)
+
+
+def _lengths_with_masks() -> tuple[int, ...]:
+    """Numbers of tokens to look at masks of; the first that a module takes is enough.
+
+    In a trainer, masks are checked in each call. In an engine they are not computed.
+
+    Raises:
+        ValueError: In the engine sequences are so long that no such mask can be made.
+    """
+    config = vllm_internals.get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return (256, 64, _TOKENS)
+    longest = config.model_config.max_model_len
+    if longest > _LONGEST_MASK:
+        raise ValueError(
+            "attention is called with a mask as a tensor. Its values cannot be checked "
+            f"for sequences of {longest} tokens. Use is_causal=True and no mask, or "
+            f"start with max_model_len={_LONGEST_MASK}."
+        )
+    return (longest,)
 
 
 def _find_calls(
@@ -83,6 +121,7 @@ def _find_calls(
     call: Callable[[torch.Tensor, torch.Tensor], Any],
     transformers: Any,
     contiguous: bool,
+    num_tokens: int = _TOKENS,
 ) -> Calls:
     sites: Sites = {}
     paths = {part: path for path, part in module.named_modules()}
@@ -99,10 +138,11 @@ def _find_calls(
     linears = LinearCalls(module, contiguous)
     with running_modules(linears) as running, paths_in_errors(running, paths):
         recorded = transformers.recorded(module, record) if transformers else None
-        recorder = _Recorder(running, record, linears)
+        known = None if transformers else KnownValues()
+        recorder = _Recorder(running, record, linears, known)
         with recorded or nullcontext(), UnknownFunctions(report), recorder:
-            run_on_fake_tensors(module, call)
-    return Calls(sites, linears.groups(), tuple(unknown))
+            run_on_fake_tensors(module, call, num_tokens, known)
+    return Calls(sites, linears.groups(), recorder.has_masks, tuple(unknown))
 
 
 def find_counting(
@@ -137,9 +177,11 @@ class _Recorder(TorchFunctionMode):
         running: list[nn.Module],
         record: Callable[[nn.Module, AttentionSite], None],
         linears: LinearCalls,
+        known: KnownValues | None,
     ) -> None:
         super().__init__()
         self.running, self.record, self.linears = running, record, linears
+        self.known, self.has_masks = known, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -149,33 +191,58 @@ class _Recorder(TorchFunctionMode):
             if self.running:
                 self.linears.use(self.running[-1], (*args, *kwargs.values()))
             return func(*args, **kwargs)
-        site = torch_attention.read_call(func, args, kwargs)
+        site, mask = torch_attention.read_call(func, args, kwargs)
+        if mask is not None:
+            self.has_masks = True
+            value = None if self.known is None else self.known.value(mask)
+            if value is not None:
+                site = site._replace(sliding_window=_window_of(value))
         self.record(self.running[-1], site)
         query = args[0] if args else kwargs["query"]
         output = query.new_zeros(*query.shape[:-1], site.value_size)
         return torch_attention.result(func, output)
 
 
+def _window_of(mask: torch.Tensor) -> int | None:
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        return window_of(visible(mask))
+
+
 def run_on_fake_tensors(
     module: nn.Module,
     call: Callable[[torch.Tensor, torch.Tensor], Any],
     num_tokens: int = _TOKENS,
+    known: KnownValues | None = None,
 ) -> None:
-    """Call a function of token ids and positions while a module's tensors are fake."""
+    """Call a function of token ids and positions while a module's tensors are fake.
+
+    Args:
+        module: The module.
+        call: The function.
+        num_tokens: How many tokens there are.
+        known: Learns the values of buffers and positions.
+    """
     # In an engine, torch's default device is not the CPU.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.device("cpu"), torch.no_grad(), without_compiler():
         tensors = _fake_tensors(module)
         input_ids = torch.zeros(num_tokens, dtype=torch.int64)
         positions = torch.arange(num_tokens)
+        if known is not None:
+            with unset_fake_temporarily():
+                places = torch.arange(num_tokens)
+            known.learn(positions, places)
+            for name, value in module.named_buffers(prefix="module"):
+                known.learn(tensors[name], value)
         was_training = {part: part.training for part in module.modules()}
         module.eval()
         try:
             caller = _Caller(module, call)
             # Tied here: torch would leave a module of two places with fake tensors.
-            torch.func.functional_call(
-                caller, tensors, (input_ids, positions), tie_weights=False
-            )
+            with known or nullcontext():
+                torch.func.functional_call(
+                    caller, tensors, (input_ids, positions), tie_weights=False
+                )
         finally:
             for part, training in was_training.items():
                 part.training = training

@@ -16,6 +16,7 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AdoptedAttention,
     AttentionSite,
 )
+from vllm.model_executor.models.builder.adopt.masks import NOT_CAUSAL, causal
 
 
 def site_name(index: int) -> str:
@@ -32,15 +33,17 @@ def _is_flex(func: Any) -> bool:
     return func is flex_attention.OPERATOR
 
 
-def read_call(func: Any, args: Any, kwargs: Any) -> AttentionSite:
-    """What a call of attention asks for.
+def read_call(
+    func: Any, args: Any, kwargs: Any
+) -> tuple[AttentionSite, torch.Tensor | None]:
+    """What a call of attention asks for, and its mask if that is a tensor.
 
     Raises:
         ValueError: Something that cannot be trained and served, by name.
     """
     if _is_flex(func):
-        return flex_attention.read_call(*args, **kwargs)
-    return _read_call(*args, **kwargs)[0]
+        return flex_attention.read_call(*args, **kwargs), None
+    return _read_call(*args, **kwargs)
 
 
 def result(func: Any, output: torch.Tensor) -> Any:
@@ -106,10 +109,12 @@ def _attend(
 ) -> torch.Tensor:
     """Compute one call, shape = [batch, num_heads, seq, value_size]."""
     site, mask = _read_call(*args, **kwargs)
+    if mask is not None and isinstance(layer, AdoptedAttention):
+        site = site._replace(sliding_window=layer.site.sliding_window)
     adopted = _checked(module, layer, site)
     query, key, value = (*args, *(kwargs[n] for n in _NAMES[len(args) :]))[:3]
     if mask is not None and not adopted.is_in_engine:
-        _check_causal(mask, query.shape[-2])
+        _check_causal(mask, query.shape[-2], site.sliding_window)
     return adopted.attend(query, key, value).transpose(1, 2)
 
 
@@ -144,24 +149,17 @@ def _checked(
 _NAMES = ("query", "key", "value")
 
 
-def _check_causal(mask: torch.Tensor, seq: int) -> None:
+def _check_causal(mask: torch.Tensor, seq: int, window: int | None) -> None:
     """Raise unless a mask is that of causal attention, and nothing else."""
     if mask.shape[-2:] != (seq, seq):
-        raise ValueError(f"{_NOT_CAUSAL} Its shape is {tuple(mask.shape)}.")
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=mask.device).tril()
+        raise ValueError(f"{NOT_CAUSAL} Its shape is {tuple(mask.shape)}.")
+    expected = causal(seq, window, mask.device)
     if mask.dtype == torch.bool:
-        is_causal = (mask == causal).all()
+        is_causal = (mask == expected).all()
     else:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
-        is_causal = torch.where(causal, mask == 0, hidden).all()
+        is_causal = torch.where(expected, mask == 0, hidden).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(is_causal, _NOT_CAUSAL)
+        torch._assert_async(is_causal, NOT_CAUSAL)
     elif not is_causal:
-        raise ValueError(_NOT_CAUSAL)
-
-
-_NOT_CAUSAL = (
-    "attention is called with a mask that is not exactly the causal one. Padding, "
-    "position biases and other masks cannot be served: leave the mask out and use "
-    "is_causal=True, or a batch without padding."
-)
+        raise ValueError(NOT_CAUSAL)
