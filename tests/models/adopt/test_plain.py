@@ -50,6 +50,13 @@ def test_logits_and_gradients(pair):
         assert (p.grad - q.grad).abs().max() <= 1e-4 * scale
 
 
+def test_nothing_is_left_without_a_batch_invariant_form(pair):
+    model, adopted = pair
+    assert "not batch-invariant" not in adopted.adoption
+    with training.batch_invariant():
+        training.adopt(copy.deepcopy(model))
+
+
 def test_modules_are_recognised_by_what_they_compute(pair):
     _, adopted = pair
     linears = (nn.Linear, nn.LayerNorm)

@@ -30,7 +30,7 @@ class KnownValues(TorchDispatchMode):
     def learn(self, fake: torch.Tensor, value: torch.Tensor) -> None:
         """Note a value; it is not changed where the forward changes the tensor."""
         if value.device.type == "cpu":
-            with unset_fake_temporarily():
+            with unset_fake_temporarily(), torch._C.DisableTorchFunction():
                 self._values[fake] = torch._lazy_clone(value.detach())
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
