@@ -64,3 +64,28 @@ def test_same_bits(make_llm, tmp_path, monkeypatch, family_and_dtype, eager):
     trainer = training.adopt(trainer.to(DEVICE), implementation=implementation)
     report = parity.check(llm, trainer, PROMPTS, max_tokens=12)
     assert report.all_equal, report
+
+
+def test_another_dtype_than_the_checkpoints(make_llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    original = make("llama", torch.float32)
+    original.save_pretrained(tmp_path)
+    ModelRegistry.register_model(type(original).__name__, build)
+    llm = make_llm(tmp_path, dtype="bfloat16", max_model_len=64, enforce_eager=True)
+    trainer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    trainer = training.adopt(trainer.to(DEVICE).eval())
+    assert parity.check(llm, trainer, PROMPTS, max_tokens=4).all_equal
+
+
+def test_a_builder_that_ignores_the_dtype_is_refused(make_llm, tmp_path):
+    original = make("llama", torch.float32)
+    original.save_pretrained(tmp_path)
+
+    def build(config):
+        config.dtype = torch.float32
+        return training.adopt(AutoModelForCausalLM.from_config(config))
+
+    ModelRegistry.register_model(type(original).__name__, build)
+    message = "called with torch.float32 in an engine of torch.bfloat16"
+    with pytest.raises(TypeError, match=message):
+        make_llm(tmp_path, dtype="bfloat16", max_model_len=64, enforce_eager=True)

@@ -6,7 +6,9 @@ import functools
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.models.builder import spec as spec_module
@@ -17,8 +19,10 @@ from vllm.model_executor.models.builder.spec import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 
-CONFIG = SimpleNamespace(hidden_size=4)
-VLLM_CONFIG = SimpleNamespace(model_config=SimpleNamespace(hf_config=CONFIG))
+CONFIG = PretrainedConfig(hidden_size=4, dtype="float32")
+VLLM_CONFIG = SimpleNamespace(
+    model_config=SimpleNamespace(hf_config=CONFIG, dtype=torch.float32)
+)
 CONTEXT = ParallelContext.single()
 
 
@@ -104,6 +108,14 @@ def bound(size, config, parallel_context):
 def test_every_callable_gets_config_and_context(target):
     module = BuilderSpec.of(target).build(VLLM_CONFIG)
     assert module.received == {"config": CONFIG, "parallel_context": CONTEXT}
+
+
+def test_the_config_has_the_engines_dtype():
+    """transformers builds a model in it, whatever the checkpoint's is."""
+    engine = SimpleNamespace(hf_config=CONFIG, dtype=torch.bfloat16)
+    built = BuilderSpec.of(by_name).build(SimpleNamespace(model_config=engine))
+    assert built.received["config"].dtype == torch.bfloat16
+    assert CONFIG.dtype == torch.float32
 
 
 def test_any_subset_by_name():

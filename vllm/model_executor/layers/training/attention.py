@@ -159,6 +159,7 @@ class TrainableAttention(TrainingLayer):
         self.implementation = implementation
         self.deterministic = deterministic
         self.engine: nn.Module | None = None
+        self.engine_dtype: torch.dtype | None = None
         self._slopes = slopes
         device = torch.get_default_device()
         self.register_buffer("alibi_slopes", self._make_slopes(device), False)
@@ -243,6 +244,7 @@ class TrainableAttention(TrainingLayer):
                 "all batched and hold the same tokens."
             )
         if self.engine is not None:
+            self._check_dtype(q)
             output = self.engine(q.flatten(1), k.flatten(1), v.flatten(1))
             return output.view(query.shape)
         slopes = self.alibi_slopes
@@ -328,8 +330,18 @@ class TrainableAttention(TrainingLayer):
         self._check_backend(engine, prefix)
         if envs.VLLM_BATCH_INVARIANT:
             self._add_sinks_of_the_mode(engine)
-        self.engine = engine
+        self.engine, self.engine_dtype = engine, engine.dtype
         return self
+
+    def _check_dtype(self, query: torch.Tensor) -> None:
+        if self.engine_dtype not in (None, query.dtype):
+            raise TypeError(
+                f"TrainableAttention was called with {query.dtype} in an engine of "
+                f"{self.engine_dtype}, whose KV cache has that dtype. Build the model "
+                "in the engine's dtype, which is torch's default dtype and the "
+                "config's dtype while a builder runs; or start the engine with dtype="
+                f"'{str(query.dtype).removeprefix('torch.')}'."
+            )
 
     def _engine_sinks(self) -> nn.Parameter:
         """The sinks as vLLM's attention shares them, in a dtype it does not cast.

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a model builder is: its signature, its options, and calling it."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import nn
 from vllm.model_executor.parallel_context import ParallelContext
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 PARAMETERS = ("vllm_config", "config", "parallel_context", "prefix")
 POSITIONAL = ("config", "parallel_context")
@@ -100,6 +101,18 @@ def builder_options(target: Any) -> BuilderOptions:
     return getattr(target, _OPTIONS, INFERRED)
 
 
+def _in_engines_dtype(model_config: "ModelConfig") -> Any:
+    """The model's config, whose dtype is the engine's and not the checkpoint's.
+
+    transformers builds a model in the dtype of its config, not in torch's default.
+    """
+    config = copy.deepcopy(model_config.hf_config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "dtype"):
+            part.dtype = model_config.dtype
+    return config
+
+
 def match_parameters(target: Callable[..., nn.Module]) -> dict[str, str]:
     """Decide which argument each parameter of a builder receives.
 
@@ -183,7 +196,7 @@ class BuilderSpec:
         """
         available = {
             "vllm_config": vllm_config,
-            "config": vllm_config.model_config.hf_config,
+            "config": _in_engines_dtype(vllm_config.model_config),
             "parallel_context": ParallelContext.current(),
             "prefix": prefix,
         }
