@@ -16,6 +16,7 @@ from tests.models.adopt.families import CONFIGS, make
 from tests.models.adopt.plain import NanoConfig, NanoGPT
 from tests.models.gpus import skip_without_gpus
 from vllm import ModelRegistry, training
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import parity
 
@@ -144,6 +145,35 @@ def test_latent_attention():
         assert attention.kv_a_proj_with_mqa.part_sizes == [16, 16]
         assert attention.kv_a_proj_with_mqa.weight.shape == (32, 64)
         assert attention.kv_b_proj.weight.shape == (64, 16)
+
+
+ATTENTION = {
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+}
+LATENT = {
+    "model.layers.*.self_attn.q_b_proj": "colwise",
+    "model.layers.*.self_attn.kv_b_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "message"),
+    [
+        ("qwen3", ATTENTION, "0.self_attn.q_norm: uses the parameter .*q_norm.weight"),
+        ("deepseek_v3", LATENT, "0.self_attn: uses a result that is the same on all"),
+    ],
+)
+def test_a_part_of_a_gradient_is_refused(kind, plan, message):
+    """An engine, which has no gradients, takes such a plan."""
+    model = make(kind)
+    with pytest.raises(ValueError, match=message):
+        training.adopt(copy.deepcopy(model), tp_plan=plan, parallel_context=RANKS[0])
+    with set_current_vllm_config(VllmConfig()):
+        training.adopt(model, tp_plan=plan, parallel_context=RANKS[0])
 
 
 EXPERTS = "model.layers.*.mlp.experts"

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm.logger import init_logger
+from vllm.model_executor import vllm_internals
 from vllm.model_executor.checkpoint.specification import ParameterSharding, Part
 from vllm.model_executor.checkpoint.wrappers import join
 from vllm.model_executor.determinism.mode import is_batch_invariant
@@ -35,6 +36,7 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AttentionSite,
 )
 from vllm.model_executor.models.builder.adopt.gated_mlp import GatedMLP
+from vllm.model_executor.models.builder.adopt.partial_gradients import check_gradients
 from vllm.model_executor.models.builder.adopt.pipeline_stage import Stage
 from vllm.model_executor.models.builder.adopt.probing import (
     Calls,
@@ -143,6 +145,11 @@ def adopt(
         model, calls.attention, plan, stage, context, implementation
     )
     _check_plan(model, plan, mlps, dict(layers), dict(attention), experts, context)
+    # An engine trains nothing.
+    in_trainer = vllm_internals.get_current_vllm_config_or_none() is None
+    if plan.styles and context.tp_size > 1 and in_trainer:
+        call = functools.partial(convention.call, model)
+        check_gradients(model, plan, call, transformers)
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(

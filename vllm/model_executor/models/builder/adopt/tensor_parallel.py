@@ -61,7 +61,7 @@ PLANS: dict[str, dict[str, str]] = {
 SPLIT_OUTPUT = frozenset({"colwise", "packed_colwise", "qkv_colwise"})
 _COLUMNS = frozenset({*SPLIT_OUTPUT, "colwise_gather_output"})
 _ROWS = frozenset({"rowwise", "rowwise_split_input"})
-_LATENT = "mla_kv_a_proj"
+LATENT = "mla_kv_a_proj"
 # What is computed from outside is the same if the module is held whole.
 WHOLE = frozenset({"colwise_gather_output", "rowwise_split_input", "embedding_rowwise"})
 # transformers' experts, each of which is sharded by its intermediate features, and a
@@ -69,10 +69,11 @@ WHOLE = frozenset({"colwise_gather_output", "rowwise_split_input", "embedding_ro
 EXPERTS = "moe_tp_experts"
 PACKED_ROWS = "packed_rowwise"
 PER_RANK = "per_rank"
-# A norm of each head, of which a rank has some, and the token embedding, which is
-# sharded by rows with or without a plan.
-_OTHERS = frozenset({"replicated_with_grad_allreduce", "embedding_rowwise"})
-STYLES = _COLUMNS | _ROWS | _OTHERS | {_LATENT, EXPERTS, PACKED_ROWS, PER_RANK}
+# A norm of each head, of which a rank has some.
+NORM = "replicated_with_grad_allreduce"
+# The token embedding is sharded by rows with or without a plan.
+_OTHERS = frozenset({"embedding_rowwise", EXPERTS, PACKED_ROWS, PER_RANK})
+STYLES = _COLUMNS | _ROWS | _OTHERS | {LATENT, NORM}
 
 
 class Style(NamedTuple):
@@ -152,7 +153,7 @@ def linear_layer(
     if style.name in _COLUMNS and not is_transposed:
         gathers = style.name == "colwise_gather_output"
         return ColumnParallelLinear(input_size, output_size, bias, gathers, **sharing)
-    if style.name == _LATENT and not is_transposed:
+    if style.name == LATENT and not is_transposed:
         (rotary,) = style.sizes
         return LatentKVLinear(input_size, output_size, rotary, bias, **sharing)
     kind = "linear layer with a transposed weight" if is_transposed else "linear layer"
@@ -227,7 +228,7 @@ class Plan:
         name = self.styles.get(path)
         if name == "qkv_colwise":
             return Style(name, self._attention_sizes(path))
-        if name == _LATENT:
+        if name == LATENT:
             return Style(name, (self._rotary_size(),))
         return None if name is None else Style(name)
 
@@ -254,7 +255,7 @@ class Plan:
         size = getattr(text, "qk_rope_head_dim", None)
         if size is None:
             raise ValueError(
-                f"The tensor-parallel style {_LATENT!r} needs qk_rope_head_dim in the "
+                f"The tensor-parallel style {LATENT!r} needs qk_rope_head_dim in the "
                 "model's config: the features of the rotary key that heads share."
             )
         return int(size)
