@@ -21,7 +21,12 @@ FEW_STAGED = (("gemma3", "bfloat16"),)
 WITHOUT_STAGES = ("gpt2",)
 
 # These need optional packages, which only all families are tested with.
-WITH_ALL_MODELS = ("test_libraries.py", "test_trl.py")
+WITH_ALL_MODELS = (
+    "test_example.py",
+    "test_libraries.py",
+    "test_trainers.py",
+    "test_trl.py",
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
