@@ -125,6 +125,13 @@ def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 # Each library's way to build a model, by name of a family.
 FAMILIES: dict[str, Callable[[str], nn.Module]] = {
+    "litgpt_gemma2": lambda _: _litgpt(
+        "Gemma-2-2b",
+        n_query_groups=2,
+        head_size=32,
+        attention_scores_scalar=32,
+        sliding_window_size=4,
+    ),
     "litgpt_llama": lambda _: _litgpt("Llama-3.2-1B", n_query_groups=2, head_size=32),
     "litgpt_neox": lambda _: _litgpt("pythia-14m", head_size=32),
     "torchtitan_llama3": partial(_torchtitan, "llama3"),

@@ -85,8 +85,9 @@ def adopt(
 
     Args:
         model: Any module whose only cross-token operation is causal self-attention,
-            by transformers' attention interface or by torch's
-            `scaled_dot_product_attention` or `flex_attention`; also on the meta device.
+            by transformers' attention interface, by torch's
+            `scaled_dot_product_attention` or `flex_attention`, or written out; also on
+            the meta device.
         head: Path of the module that gives logits; found if None.
         positions: Name of the parameter of `forward` for positions; found if None.
         tp_plan: Tensor-parallel styles by path, for `parallel_context`. None: the

@@ -36,6 +36,7 @@ class AttentionSite(NamedTuple):
         sinks: Name of the parameter of the calling module that holds one score more
             for each head; None: there is none.
         is_flex: Whether it is a call of `flex_attention`.
+        written: Functions of each score, where the call is written out.
     """
 
     num_heads: int
@@ -47,6 +48,7 @@ class AttentionSite(NamedTuple):
     logits_soft_cap: float | None = None
     sinks: str | None = None
     is_flex: bool = False
+    written: tuple[tuple[str, tuple[float, ...]], ...] | None = None
 
     @classmethod
     def of(

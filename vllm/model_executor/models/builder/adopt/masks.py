@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import torch
 
+# What is added to a score that is hidden, or less: its weight is 0.
+HIDDEN = -1e4
+
 
 def causal(seq: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Which of `seq` keys each query sees, torch.bool, shape = [seq, seq]."""
@@ -25,7 +28,7 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
     """
     if mask.dtype == torch.bool:
         return mask
-    is_hidden = mask <= torch.finfo(mask.dtype).min / 2
+    is_hidden = mask <= HIDDEN
     if not bool((is_hidden | (mask == 0)).all()):
         raise ValueError(NOT_CAUSAL)
     return ~is_hidden

@@ -24,12 +24,16 @@ from torch.overrides import TorchFunctionMode
 from vllm.model_executor import vllm_internals
 from vllm.model_executor.checkpoint.wrappers import join, own_tensors
 from vllm.model_executor.determinism.row_independence import UnknownFunctions
-from vllm.model_executor.models.builder.adopt import torch_attention
+from vllm.model_executor.models.builder.adopt import (
+    torch_attention,
+    written_attention,
+)
 from vllm.model_executor.models.builder.adopt.attention import AttentionSite
 from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
 from vllm.model_executor.models.builder.adopt.known_values import KnownValues
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
 from vllm.model_executor.models.builder.adopt.masks import visible, window_of
+from vllm.model_executor.models.builder.adopt.written_attention import Scores
 from vllm.model_executor.models.builder.counting import (
     Counting,
     CountingRecorder,
@@ -139,9 +143,10 @@ def _find_calls(
     with running_modules(linears) as running, paths_in_errors(running, paths):
         recorded = transformers.recorded(module, record) if transformers else None
         known = None if transformers else KnownValues()
-        recorder = _Recorder(running, record, linears, known)
+        recorder = _Recorder(running, record, linears, known, num_tokens)
         with recorded or nullcontext(), UnknownFunctions(report), recorder:
             run_on_fake_tensors(module, call, num_tokens, known)
+            recorder.finish()
     return Calls(sites, linears.groups(), recorder.has_masks, tuple(unknown))
 
 
@@ -178,10 +183,14 @@ class _Recorder(TorchFunctionMode):
         record: Callable[[nn.Module, AttentionSite], None],
         linears: LinearCalls,
         known: KnownValues | None,
+        num_tokens: int,
     ) -> None:
         super().__init__()
         self.running, self.record, self.linears = running, record, linears
         self.known, self.has_masks = known, False
+        self.num_tokens = num_tokens
+        self.scores: Scores | None = None
+        self.caller: nn.Module | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -190,7 +199,7 @@ class _Recorder(TorchFunctionMode):
         if not torch_attention.is_attention(func):
             if self.running:
                 self.linears.use(self.running[-1], (*args, *kwargs.values()))
-            return func(*args, **kwargs)
+            return self._written(func, args, kwargs)
         site, mask = torch_attention.read_call(func, args, kwargs)
         if mask is not None:
             self.has_masks = True
@@ -201,6 +210,48 @@ class _Recorder(TorchFunctionMode):
         query = args[0] if args else kwargs["query"]
         output = query.new_zeros(*query.shape[:-1], site.value_size)
         return torch_attention.result(func, output)
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function that may belong to attention that is written out."""
+        scores, known = self.scores, self.known
+        if scores is None:
+            if known is None or not written_attention.starts(func, args):
+                return func(*args, **kwargs)
+            tokens = {args[0].shape[2], args[1].shape[3]}
+            if tokens != {self.num_tokens}:
+                return func(*args, **kwargs)
+            self.scores = Scores(args[0], args[1], known.value)
+            self.caller = self.running[-1]
+            return self.scores.stand_in
+        if not scores.are_multiplied(func, args):
+            if scores.are_in((args, kwargs)):
+                return scores.apply(func, args, kwargs)
+            return func(*args, **kwargs)
+        self.has_masks, self.scores = True, None
+        with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+            scale, cap = written_attention.scale_and_cap(scores.functions)
+            window = scores.window()
+        site = AttentionSite.of(
+            scores.query,
+            scores.key,
+            args[1],
+            scale,
+            sliding_window=window,
+            logits_soft_cap=cap,
+            written=tuple(scores.functions),
+        )
+        assert self.caller is not None
+        self.record(self.caller, site)
+        return args[1].new_zeros(*scores.query.shape[:-1], site.value_size)
+
+    def finish(self) -> None:
+        """The forward has ended.
+
+        Raises:
+            ValueError: Something else was done with scores.
+        """
+        if self.scores is not None:
+            raise ValueError(torch_attention.UNFINISHED)
 
 
 def _window_of(mask: torch.Tensor) -> int | None:

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vllm.model_executor.models.builder.adopt import flex_attention
+from vllm.model_executor.models.builder.adopt import flex_attention, written_attention
 from vllm.model_executor.models.builder.adopt.attention import (
     AdoptedAttention,
     AttentionSite,
 )
-from vllm.model_executor.models.builder.adopt.masks import NOT_CAUSAL, causal
+from vllm.model_executor.models.builder.adopt.masks import HIDDEN, NOT_CAUSAL, causal
+from vllm.model_executor.models.builder.adopt.written_attention import Scores
 
 
 def site_name(index: int) -> str:
@@ -89,6 +90,7 @@ class AttentionCalls(TorchFunctionMode):
         super().__init__()
         self.module = module
         self.calls = 0
+        self.scores: Scores | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -97,11 +99,56 @@ class AttentionCalls(TorchFunctionMode):
         if getattr(func, "__name__", "") == "unflatten":
             return torch.unflatten(*args, **kwargs)  # Dynamo cannot call the method
         if not is_attention(func):
-            return func(*args, **kwargs)
+            return self._written(func, args, kwargs)
         layer = getattr(self.module, site_name(self.calls), None)
         self.calls += 1
         attend = _attend_flex if _is_flex(func) else _attend
         return result(func, attend(self.module, layer, args, kwargs))
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function that may belong to attention that is written out."""
+        layer = getattr(self.module, site_name(self.calls), None)
+        if not isinstance(layer, AdoptedAttention) or layer.site.written is None:
+            return func(*args, **kwargs)
+        scores = self.scores
+        if scores is None:
+            query = args[0] if written_attention.starts(func, args) else None
+            sizes = layer.site.num_heads, layer.site.head_size
+            if query is None or (query.shape[1], query.shape[3]) != sizes:
+                return func(*args, **kwargs)
+            value_of = _no_value if layer.is_in_engine else _own_value
+            self.scores = Scores(args[0], args[1], value_of)
+            return self.scores.stand_in
+        if scores.are_multiplied(func, args):
+            self.calls += 1
+            self.scores = None
+            return _attend_written(self.module, layer, scores, args[1])
+        if scores.are_in((args, kwargs)):
+            return scores.apply(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def finish(self) -> None:
+        """The module's forward has ended.
+
+        Raises:
+            ValueError: Scores were not used as when the model was adopted.
+        """
+        if self.scores is not None:
+            raise ValueError(UNFINISHED)
+
+
+def _own_value(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor
+
+
+def _no_value(tensor: torch.Tensor) -> torch.Tensor | None:
+    return None
+
+
+UNFINISHED = (
+    "attention that is written out does something else with its scores than multiply "
+    "the values. Call scaled_dot_product_attention or flex_attention."
+)
 
 
 def _attend(
@@ -134,6 +181,24 @@ def _attend_flex(
     return adopted.attend(query, key, value, bounds).transpose(1, 2)
 
 
+def _attend_written(
+    module: nn.Module, layer: AdoptedAttention, scores: Scores, value: torch.Tensor
+) -> torch.Tensor:
+    site = AttentionSite.of(
+        scores.query,
+        scores.key,
+        value,
+        layer.site.scale,
+        sliding_window=layer.site.sliding_window,
+        logits_soft_cap=layer.site.logits_soft_cap,
+        written=tuple(scores.functions),
+    )
+    _checked(module, layer, site)
+    if not layer.is_in_engine:
+        scores.check(site.sliding_window)
+    return layer.attend(scores.query, scores.key, value).transpose(1, 2)
+
+
 def _checked(
     module: nn.Module, layer: nn.Module | None, site: AttentionSite
 ) -> AdoptedAttention:
@@ -157,7 +222,7 @@ def _check_causal(mask: torch.Tensor, seq: int, window: int | None) -> None:
     if mask.dtype == torch.bool:
         is_causal = (mask == expected).all()
     else:
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        hidden = mask <= HIDDEN
         is_causal = torch.where(expected, mask == 0, hidden).all()
     if torch.compiler.is_compiling():
         torch._assert_async(is_causal, NOT_CAUSAL)

@@ -63,7 +63,10 @@ def _make_class(cls: type[nn.Module], is_stage: bool) -> type[AdoptedModule]:
         with batch_invariant_functions(), calls, _flex_attention(self):
             if stage is not None:
                 return stage.call(self, original, args, kwargs)
-            return original(self, *args, **kwargs)
+            result = original(self, *args, **kwargs)
+        if isinstance(calls, AttentionCalls):
+            calls.finish()
+        return result
 
     if is_stage:
         cast(Any, forward).__signature__ = signature(original)
