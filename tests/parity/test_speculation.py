@@ -39,14 +39,17 @@ def test_check_of_pipeline_stages(subject, apart, record):
 def speculate(subject, engine):
     """Logprobs of an engine whose drafts are accepted and rejected, and the trainer's.
 
-    In half of the requests few tokens are allowed, so that drafts are right by chance.
+    Greedy requests alone have drafts that are accepted. Beside requests that are
+    sampled, vLLM's CPU engine rejects nearly all of them.
     """
     prompts = of_lengths(subject.model_name, (1, 2, 9, 33, 140, 300), 12)
     few = {"allowed_token_ids": [3, 5, 8]}
     params = [few, {"temperature": 0}, few | {"n": 2}, {"top_p": 0.9}]
     params += [few | {"presence_penalty": 0.5}, {"temperature": 0.7}]
-    each = [every | {"max_tokens": 32} for every in params]
-    samples = engine.sample_each(prompts, each)
+    samples = []
+    for each in ([{"temperature": 0}] * len(params), params):
+        every = [one | {"max_tokens": 32} for one in each]
+        samples += engine.sample_each(prompts, every)
     accepted = engine.counter("spec_decode_num_accepted_tokens")
     assert 0 < accepted < engine.counter("spec_decode_num_draft_tokens")
     scores = trainer.score(subject.trainer, [sample.tokens for sample in samples])
@@ -63,7 +66,7 @@ def test_ngram(subject, apart, record):
 
 @pytest.mark.parametrize("subject", [DRAFTED], indirect=True, ids=str)
 def test_draft_model(subject, record):
-    """The model drafts for itself, so that nearly all drafts are accepted."""
+    """The model drafts for itself."""
     draft = {"method": "draft_model", "model": str(subject.directory)}
     draft |= {"num_speculative_tokens": 3}
     engine = subject.start(speculative_config=draft)
