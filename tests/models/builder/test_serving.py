@@ -3,6 +3,7 @@
 """Built models in a real engine."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
+from torch._functorch._aot_autograd import autograd_cache
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -103,6 +105,24 @@ def test_a_compiled_engine(make_llm, tmp_path):
     llm = make_llm(tmp_path, enforce_eager=False)
     assert llm.apply_model(lambda served: served.do_not_compile) == [False]
     assert_trainer_agrees(model, PROMPTS, greedy(llm, PROMPTS))
+
+
+def test_compiled_graphs_have_cache_entries_of_their_own(make_llm, tmp_path):
+    """Also those that torch cannot hash, whatever seeds Python's generator has."""
+    save_plain(tmp_path)
+    ModelRegistry.register_model(PLAIN, build_plain)
+    make_llm(tmp_path)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.Tensor.split, (x, 2)))
+    module = torch.fx.GraphModule({}, graph)
+    keys = set()
+    with torch._functorch.config.patch(bypass_autograd_cache_key=True):
+        for _ in range(2):
+            random.seed(0)
+            key, _ = autograd_cache.autograd_cache_key(module, [], None)
+            keys.add(key)
+    assert len(keys) == 2
 
 
 def test_a_lazy_builder_in_model_class_overrides(make_llm, tmp_path):

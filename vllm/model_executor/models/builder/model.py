@@ -2,11 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the engine instantiates for a builder."""
 
+import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch._functorch._aot_autograd import autograd_cache
 
 from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor import vllm_internals
@@ -124,6 +126,7 @@ class BuiltModel(nn.Module):
         model_config = vllm_config.model_config
         context = ParallelContext.current()
         self.vllm_config = vllm_config
+        _give_graphs_entries_of_their_own()
         if is_adopted(module) and is_batch_invariant():
             _keep_eager_numerics(vllm_config)
         self.is_first_stage = context.is_first_stage
@@ -296,6 +299,17 @@ _NO_EMBEDS = (
     "The module built by {name} takes token ids only; prompt embeddings need a "
     "module with vLLM's interface (embed_input_ids and inputs_embeds)."
 )
+
+
+def _give_graphs_entries_of_their_own() -> None:
+    """Let no graph find the compiled code of another one.
+
+    torch names the cache entry of a graph that it cannot hash, such as one with a call
+    of `torch.Tensor.split`, by a number of Python's generator, which vLLM seeds alike
+    in all processes. Another rank, or the same model started again, would find such an
+    entry under the number of its own graph.
+    """
+    vars(autograd_cache)["random"] = random.SystemRandom()
 
 
 def _keep_eager_numerics(vllm_config: "VllmConfig") -> None:
