@@ -297,6 +297,32 @@ def test_a_window_that_only_shows_in_long_sequences(make_llm, tmp_path, monkeypa
     assert found == [80]
 
 
+class Learned(NanoAttention):
+    """A mask that depends on a weight."""
+
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        seq = x.shape[1]
+        mask = torch.ones(seq, seq, dtype=torch.bool).tril()
+        mask &= self.c_proj.bias[0].isfinite()
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        return self.c_proj(y[:, 0])
+
+
+def test_a_mask_that_only_a_trainer_can_check(make_llm, tmp_path):
+    model = _nano(Learned).eval()
+    adopted = training.adopt(copy.deepcopy(model))
+    torch.testing.assert_close(adopted(_ids())[0], model(_ids())[0])
+    training.save_checkpoint(model, tmp_path)
+    fields = {"architectures": ["Learned"], **vars(CONFIG)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ModelRegistry.register_model(
+        "Learned", lambda config: training.adopt(_nano(Learned))
+    )
+    with pytest.raises(ValueError, match=r"h\.1\.attn: .*depends on token ids"):
+        make_llm(tmp_path, max_model_len=96)
+
+
 class Padded(NanoAttention):
     def forward(self, x):
         q = self.c_attn(x)[..., :64].unsqueeze(1)

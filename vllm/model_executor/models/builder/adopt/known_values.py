@@ -29,14 +29,17 @@ class KnownValues(TorchDispatchMode):
 
     def learn(self, fake: torch.Tensor, value: torch.Tensor) -> None:
         """Note a value; it is not changed where the forward changes the tensor."""
-        if value.device.type == "cpu":
-            with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+            if value.device.type == "cpu":
                 self._values[fake] = torch._lazy_clone(value.detach())
+            elif not value.is_meta:
+                self._values[fake] = value.detach().cpu()
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The value of a tensor, if it is known."""
         if not isinstance(tensor, FakeTensor):
-            return tensor if tensor.device.type == "cpu" else None
+            with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+                return None if tensor.is_meta else tensor.detach().cpu()
         value = self._values.get(tensor)
         return None if value is None or _address(value) in self._unknown else value
 

@@ -107,10 +107,9 @@ def _lengths_with_masks() -> tuple[int, ...]:
     Raises:
         ValueError: In the engine sequences are so long that no such mask can be made.
     """
-    config = vllm_internals.get_current_vllm_config_or_none()
-    if config is None or config.model_config is None:
+    longest = _longest_in_engine()
+    if longest is None:
         return (256, 64, _TOKENS)
-    longest = config.model_config.max_model_len
     if longest > _LONGEST_MASK:
         raise ValueError(
             "attention is called with a mask as a tensor. Its values cannot be checked "
@@ -118,6 +117,24 @@ def _lengths_with_masks() -> tuple[int, ...]:
             f"start with max_model_len={_LONGEST_MASK}."
         )
     return (longest,)
+
+
+def _longest_in_engine() -> int | None:
+    """Length of the longest sequence of the engine that builds a model, if one does."""
+    config = vllm_internals.get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return None
+    return config.model_config.max_model_len
+
+
+def _check_unknown_mask() -> None:
+    """Refuse, in an engine, a mask that only the trainer can check."""
+    if _longest_in_engine() is not None:
+        raise ValueError(
+            "attention is called with a mask that depends on token ids, weights or a "
+            "buffer without values, so it is not known to be causal. Make it from the "
+            "number of tokens or from positions, or use is_causal=True and no mask."
+        )
 
 
 def _find_calls(
@@ -206,6 +223,8 @@ class _Recorder(TorchFunctionMode):
             value = None if self.known is None else self.known.value(mask)
             if value is not None:
                 site = site._replace(sliding_window=_window_of(value))
+            elif self.known is not None:
+                _check_unknown_mask()
         self.record(self.running[-1], site)
         query = args[0] if args else kwargs["query"]
         output = query.new_zeros(*query.shape[:-1], site.value_size)
@@ -228,6 +247,8 @@ class _Recorder(TorchFunctionMode):
                 return scores.apply(func, args, kwargs)
             return func(*args, **kwargs)
         self.has_masks, self.scores = True, None
+        if not scores.is_known:
+            _check_unknown_mask()
         with unset_fake_temporarily(), torch._C.DisableTorchFunction():
             scale, cap = written_attention.scale_and_cap(scores.functions)
             window = scores.window()

@@ -91,6 +91,7 @@ class Scores:
         stand_in: Stands for the scores.
         functions: What was applied to each score: names, and numbers.
         is_multiplied: Whether they were multiplied with the values.
+        is_known: Whether the values of all masks are known.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Scores:
         self._value_of = value_of
         self._has_mask = self._is_softmax = False
         self._masks: list[_Mask] = []
-        self._is_known = True
+        self.is_known = True
 
     def are_in(self, args: Any) -> bool:
         """Whether these scores are among a call's arguments."""
@@ -189,7 +190,7 @@ class Scores:
         if all(each is not None for each in known):
             self._masks.append(kind(*known))
         else:
-            self._is_known = False
+            self.is_known = False
 
     def window(self) -> int | None:
         """The window of the mask; None: there is none, or it is not known.
@@ -202,7 +203,7 @@ class Scores:
                 "attention that is written out has no mask. The engine keeps keys and "
                 "values of the past only; bidirectional attention cannot be served."
             )
-        if not self._is_known:
+        if not self.is_known:
             return None
         seq = self.stand_in.shape[-1]
         seen, is_valid = self._seen(torch.ones(seq, seq, dtype=torch.bool))
