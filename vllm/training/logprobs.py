@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
@@ -176,6 +177,7 @@ def _scored(
     temperature: float | torch.Tensor,
     options: BuilderOptions,
 ) -> _Scored:
+    _refuse_one_shard(model)
     body = Body(model, options, "the trainer")
     body.set_head(body.find_head("token_logprobs"))
     _check(body, input_ids, targets, positions, cu_seqlens)
@@ -193,6 +195,21 @@ def _scored(
         input_ids, positions = input_ids.flatten(), positions.flatten()
     hidden_states, tail = _hidden_states(body, input_ids, positions, cu_seqlens)
     return _Scored(hidden_states, body.head_with(tail), temperature, flattens)
+
+
+def _refuse_one_shard(model: nn.Module) -> None:
+    """Refuse FSDP2 of the whole model as one group.
+
+    What such a model returns has no gradient here: the hidden states leave it at its
+    head. So FSDP2 would not notice the backward, and reduce nothing.
+    """
+    groups = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    if torch.is_grad_enabled() and groups == [model]:
+        raise ValueError(
+            f"fully_shard was called on {type(model).__name__} alone, so gradients of "
+            "this call would not be reduced over the ranks. Call fully_shard on its "
+            "layers before; or call layers.training.token_logprobs in its forward."
+        )
 
 
 def _check(

@@ -2,14 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Modules as people write them: signatures, results, and what follows the head."""
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -443,6 +447,27 @@ def test_packed_sequences_are_scored_one_by_one(kind):
     torch.testing.assert_close(rows[0, :3], packed[:3])
     later = token_logprobs(model, IDS, IDS, positions=PLACES + 5)
     assert not torch.allclose(later, token_logprobs(model, IDS, IDS))
+
+
+def test_fsdp2_of_layers_and_of_a_model_alone(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain = PlainGPT(CONFIG)
+        alone, layers = copy.deepcopy(plain), copy.deepcopy(plain)
+        expected = token_logprobs(plain, IDS, IDS)
+        expected.mean().backward()
+        for part in (alone, *layers.blocks, layers):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        with torch.no_grad():
+            torch.testing.assert_close(token_logprobs(alone, IDS, IDS), expected)
+        with pytest.raises(ValueError, match="on .*PlainGPT alone, so gradients"):
+            token_logprobs(alone, IDS, IDS)
+        token_logprobs(layers, IDS, IDS).mean().backward()
+        for (name, p), q in zip(layers.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shapes_that_do_not_fit():
