@@ -360,6 +360,7 @@ def test_what_an_engines_backend_lacks_is_refused(
     made = torch.nn.Module()
     made.attn_backend = Mock(**{"get_name.return_value": backend})
     made.impl = SimpleNamespace(vllm_flash_attn_version=3)
+    made.dtype = torch.bfloat16
     engine = Mock(return_value=made)
     monkeypatch.setattr(vllm_internals, "Attention", engine)
     layer = attend(**features)
