@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ class _Product:
         """The columns of one layer, shape = [..., sizes[index]]."""
         if index == 0:
             merged = getattr(self.owner, self.group.merged_name)
-            self.x, self.left = x, merged(x).split(self.sizes, -1)
+            self.x, self.left = x, self._columns(merged(x))
         elif x is not self.x or len(self.left) != len(self.sizes) - index:
             names = self.group.names
             raise RuntimeError(
@@ -158,6 +159,11 @@ class _Product:
         if not self.left:
             self.x = None
         return output.contiguous() if self.group.contiguous else output
+
+    def _columns(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # torch caches no compiled graph with a call of `Tensor.split`, which is Python.
+        starts = accumulate(self.sizes, initial=0)
+        return tuple(output.narrow(-1, *each) for each in zip(starts, self.sizes))
 
 
 class LinearSlice(nn.Module):
