@@ -9,7 +9,9 @@ its mask, under the name in `config._attn_implementation`. Three names are used:
   sequence. The mask function finds the sequences in padded and packed tokens.
 - `IN_ENGINE`: the same without a mask function, because the engine knows which tokens
   form a request.
-- `_RECORDER`, inside `recorded`: calls are recorded and nothing is computed.
+- `_RECORDER`, inside `recorded`: calls are recorded and nothing is computed. Its mask
+  function returns what transformers says of the mask, since some models tell a window
+  to the mask alone.
 """
 
 from __future__ import annotations
@@ -150,6 +152,8 @@ def adopted_attention(
             "did not reach this call when the model was. Adopt the whole model."
         )
     site = read_call(module, query, key, value, **arguments)
+    if site.sliding_window is None:  # which the mask alone may say
+        site = site._replace(sliding_window=layer.site.sliding_window)
     if site != layer.site:
         raise ValueError(
             f"{type(module).__name__} calls attention with {site}; when the model was "
@@ -280,6 +284,80 @@ def _is_zero(offset: Any) -> bool:
     return bool(offset == 0)
 
 
+def describe_mask(
+    local_size: int | None = None,
+    config: Any = None,
+    use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool | None = None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """What transformers says of a mask that it would make.
+
+    Args:
+        local_size: Size of the window, or of the chunks.
+        config: The model's, which names that size.
+        use_vmap: The model gives a function of its own for the mask.
+        allow_is_bidirectional_skip: Given for a mask that is not causal.
+
+    Returns:
+        None for causal attention; else a tensor of shape [0, window], with 0 for a mask
+        that is not causal.
+
+    Raises:
+        ValueError: The mask is neither causal nor a window.
+    """
+    if use_vmap:
+        raise ValueError(
+            "The model adds a function of its own to the causal mask. Only causal "
+            "attention and windows of it can be served."
+        )
+    if allow_is_bidirectional_skip is not None:
+        return torch.empty(0, 0)
+    if local_size is None:
+        return None
+    if local_size == getattr(config, "attention_chunk_size", None):
+        raise ValueError(
+            f"Attention is computed in chunks of {local_size} tokens "
+            "(attention_chunk_size), for which there is no kernel. For sequences of no "
+            "more tokens, make all layers full attention in the config (layer_types)."
+        )
+    return torch.empty(0, local_size)
+
+
+def _with_window(site: AttentionSite, mask: torch.Tensor | None) -> AttentionSite:
+    """The call, with the window that its mask has.
+
+    Args:
+        site: What the call itself asks for.
+        mask: What `describe_mask` returned.
+
+    Raises:
+        ValueError: The call and the mask differ, or the mask is one that the model made
+            itself.
+    """
+    if mask is None:
+        window = None
+    elif mask.ndim == 2 and mask.shape[0] == 0:
+        window = mask.shape[1]
+    else:
+        raise ValueError(
+            f"attention is called with a mask of shape {tuple(mask.shape)} that the "
+            "model makes itself. Only masks of transformers' functions are known."
+        )
+    if window == 0:
+        raise ValueError(
+            "attention is called with a mask that is not causal. The engine keeps keys "
+            "and values of the past only; bidirectional attention cannot be served."
+        )
+    if site.sliding_window not in (None, window):
+        raise ValueError(
+            f"attention is called with sliding_window={site.sliding_window} and with a "
+            f"mask of {'all tokens' if window is None else f'a window of {window}'}. "
+            "Both have to agree."
+        )
+    return site._replace(sliding_window=window)
+
+
 @contextmanager
 def recorded(model: PreTrainedModel, record: Record) -> Iterator[None]:
     """Record inside what modules ask of attention, and compute nothing.
@@ -297,12 +375,14 @@ def recorded(model: PreTrainedModel, record: Record) -> Iterator[None]:
         attention_mask: torch.Tensor | None = None,
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
-        record(module, read_call(module, query, key, value, **arguments))
+        site = read_call(module, query, key, value, **arguments)
+        record(module, _with_window(site, attention_mask))
         batch, num_heads, seq, _ = query.shape
         return value.new_zeros(batch, seq, num_heads, value.shape[-1]), None
 
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(_RECORDER, recorder)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_RECORDER, describe_mask)
     try:
         model.set_attn_implementation(_RECORDER)
         yield
