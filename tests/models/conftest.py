@@ -14,11 +14,14 @@ from tests.models.gpus import MEMORY, skip_without_gpus
 def clean_registry(monkeypatch):
     """What a test registers is forgotten after it."""
     from vllm import ModelRegistry
+    from vllm.config import model as model_config
     from vllm.model_executor import vllm_internals
     from vllm.model_executor.models.builder import registration
 
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.setattr(registration, "_targets", {})
+    # With the registry of before, an override has to be registered again.
+    monkeypatch.setattr(model_config, "_REGISTERED_MODEL_CLASS_OVERRIDES", set())
     yield
     vllm_internals.MODEL_ARCH_BY_HASH.clear()
 
