@@ -3,6 +3,7 @@
 """Adopted models compute what they computed before, in a trainer."""
 
 import copy
+from pickle import dumps, loads
 
 import pytest
 import torch
@@ -165,3 +166,16 @@ def test_activation_checkpointing(pair):
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: loads(dumps(m))])
+def test_compiled_experts_of_a_copy_are_its_own(copied):
+    adopted = training.adopt(make("mixtral"))
+    again = copied(adopted)
+    experts, own = (each.model.layers[0].mlp.experts for each in (adopted, again))
+    with torch.no_grad():
+        own.down_proj.mul_(2)
+        inputs = torch.randn(5, 64), torch.randint(4, (5, 2)), torch.rand(5, 2)
+        compiled = torch.compile(own, backend="eager")(*inputs)
+        assert torch.equal(compiled, own(*inputs))
+        assert not torch.equal(compiled, experts(*inputs))

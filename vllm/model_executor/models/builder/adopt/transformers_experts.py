@@ -41,14 +41,14 @@ _MODULES: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDiction
 
 
 class _Handle:
-    """The number of a module, or of its copy if the module is copied."""
+    """The number of a module; a copy of the module, pickled or not, has its own."""
 
     def __init__(self, module: nn.Module) -> None:
         self.number = next(_NUMBERS)
         _MODULES[self.number] = module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
-        return _Handle(memo[id(_MODULES[self.number])])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Handle, (_MODULES[self.number],)
 
 
 def experts(
