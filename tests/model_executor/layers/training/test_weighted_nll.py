@@ -188,6 +188,31 @@ def test_tied_weights_add_up(device):
     assert torch.equal(head.weight.grad, alone + 1)
 
 
+def test_a_rank_with_padding_alone_has_zeros(blocks, device, monkeypatch):
+    """Its part of the vocabulary begins after the last token."""
+
+    def no_columns(*args):
+        raise AssertionError("there are no logits that have a gradient")
+
+    monkeypatch.setattr(nll, "_gradient", no_columns)
+    hidden, head, targets, weights = make(device)
+    _, _, *gradients = nll.weighted_nll_op(
+        hidden.detach(),
+        head.weight.detach(),
+        head.bias.detach(),
+        targets,
+        None,
+        weights,
+        VOCAB,
+        VOCAB + 3,
+        "",
+        [True] * 3,
+    )
+    leaves = [hidden, *head.parameters()]
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
 def test_one_backward(device):
     hidden, head, targets, weights = make(device)
     loss, _ = weighted_nll(hidden, head, targets, weights)

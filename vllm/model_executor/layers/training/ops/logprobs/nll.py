@@ -63,6 +63,8 @@ def _forward(
     dtype = product_dtype(hidden)
     sum_weight = _new_sum(grad_weight, dtype)
     sum_bias = torch.zeros_like(grad_bias, dtype=weights.dtype)
+    if count == 0:
+        grad_hidden.zero_()
     factors = weight[:count].to(dtype) if needs[0] else weight
     for rows in ranges(
         len(hidden), blocks_for(hidden).tokens_with_gradient(vocab_size)
@@ -72,7 +74,7 @@ def _forward(
         logits = gather_vocab(local, tp_group)[:, :vocab_size]
         logprobs[rows], lse = _score(logits, targets[rows], divisor)
         del logits
-        if not any(needs):
+        if not (any(needs) and count):
             continue
         numbers = RowNumbers.of_gradients(
             [targets[rows] - vocab_start, divisor, None, lse], -weights[rows], None
