@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -174,6 +175,89 @@ def test_a_part_of_a_gradient_is_refused(kind, plan, message):
         training.adopt(copy.deepcopy(model), tp_plan=plan, parallel_context=RANKS[0])
     with set_current_vllm_config(VllmConfig()):
         training.adopt(model, tp_plan=plan, parallel_context=RANKS[0])
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+ALL = {
+    "norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "written norm": lambda x: x * x.pow(2).mean(-1, keepdim=True).rsqrt(),
+    "softmax": lambda x: x.softmax(-1),
+    "largest": lambda x: x / x.amax(-1, keepdim=True),
+    "sum of heads": lambda x: x + x.unflatten(-1, (4, -1)).sum(-2).repeat(1, 1, 4),
+    "order": lambda x: x.flip(-1) + x,
+}
+OF_EACH_HEAD = {
+    "norm": lambda x: F.rms_norm(h := x.unflatten(-1, (4, -1)), h.shape[-1:]).flatten(
+        2
+    ),
+    "without epsilon": lambda x: (
+        (h := x.unflatten(-1, (4, -1))) / h.std(-1, keepdim=True)
+    ).flatten(2),
+    "loop": lambda x: torch.cat([h.softmax(-1) for h in x.chunk(4, -1)], -1),
+    "in place": lambda x: torch.zeros_like(x).copy_(x).mul_(2),
+    "over tokens": lambda x: x - x.mean(1, keepdim=True),
+}
+
+
+def with_functions(place, function):
+    """A model that calls a function of split features, and its plan."""
+    model = make("qwen3")
+    plan = dict(model._tp_plan)
+    if place == "mlp":
+        for layer in model.model.layers:
+            layer.mlp.down_proj = nn.Sequential(Function(function), layer.mlp.down_proj)
+        plan["model.layers.*.mlp.down_proj.1"] = plan.pop(
+            "model.layers.*.mlp.down_proj"
+        )
+    elif place == "attention":
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.o_proj = nn.Sequential(Function(function), attention.o_proj)
+        plan["model.layers.*.self_attn.o_proj.1"] = plan.pop(
+            "model.layers.*.self_attn.o_proj"
+        )
+    else:
+        for layer in model.model.layers:
+            layer.self_attn.q_norm = Function(
+                lambda x: function(x.flatten(2)).view_as(x)
+            )
+    return model, plan
+
+
+ACROSS = r"layers\.0\..*: calls .* across features of which a rank has a part"
+
+
+@pytest.mark.parametrize("place", ["mlp", "attention", "q_norm"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_function_across_ranks_is_refused(name, place):
+    """Each rank would compute it from its own part."""
+    model, plan = with_functions(place, ALL[name])
+    with pytest.raises(ValueError, match=ACROSS):
+        training.adopt(model, tp_plan=plan, parallel_context=RANKS[0])
+
+
+def test_a_function_across_ranks_is_refused_in_an_engine():
+    model, plan = with_functions("q_norm", ALL["norm"])
+    with (
+        set_current_vllm_config(VllmConfig()),
+        pytest.raises(ValueError, match=ACROSS),
+    ):
+        training.adopt(model, tp_plan=plan, parallel_context=RANKS[0])
+
+
+@pytest.mark.parametrize("place", ["mlp", "attention", "q_norm"])
+@pytest.mark.parametrize("name", OF_EACH_HEAD)
+def test_a_function_of_each_head_is_accepted(name, place):
+    model, plan = with_functions(place, OF_EACH_HEAD[name])
+    training.adopt(model, tp_plan=plan, parallel_context=RANKS[0])
 
 
 EXPERTS = "model.layers.*.mlp.experts"

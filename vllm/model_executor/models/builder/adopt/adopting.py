@@ -36,7 +36,9 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AttentionSite,
 )
 from vllm.model_executor.models.builder.adopt.gated_mlp import GatedMLP
-from vllm.model_executor.models.builder.adopt.partial_gradients import check_gradients
+from vllm.model_executor.models.builder.adopt.partial_gradients import (
+    check_split_features,
+)
 from vllm.model_executor.models.builder.adopt.pipeline_stage import Stage
 from vllm.model_executor.models.builder.adopt.probing import (
     Calls,
@@ -146,11 +148,13 @@ def adopt(
         model, calls.attention, plan, stage, context, implementation
     )
     _check_plan(model, plan, mlps, dict(layers), dict(attention), experts, context)
-    # An engine trains nothing.
-    in_trainer = vllm_internals.get_current_vllm_config_or_none() is None
-    if plan.styles and context.tp_size > 1 and in_trainer:
+    if plan.styles and context.tp_size > 1:
         call = functools.partial(convention.call, model)
-        check_gradients(model, plan, call, transformers)
+        # An engine trains nothing.
+        in_trainer = vllm_internals.get_current_vllm_config_or_none() is None
+        check_split_features(
+            model, plan, call, transformers, context.tp_size, in_trainer
+        )
     left = [row for row in rows if not row.after]
     if strict and left:
         raise ValueError(
