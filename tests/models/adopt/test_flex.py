@@ -148,6 +148,36 @@ def test_packed_sequences():
     torch.testing.assert_close(packed[1:], adopted(ids[1:])[0])
 
 
+def test_one_mask_for_layers_and_batches():
+    """What was checked of a mask holds for one window and one batch size."""
+    model = make(FlexAttention)
+    model.h[1].attn = Windowed(CONFIG)
+    adopted = training.adopt(model.eval())
+    mask = create_block_mask(causal, None, None, LENGTH, LENGTH, "cpu")
+    adopted.h[0].attn.block_mask = mask
+    adopted(_ids(1, LENGTH))
+    adopted.h[1].attn.block_mask = mask
+    with pytest.raises(ValueError, match="not causal attention, within a window"):
+        adopted(_ids(1, LENGTH))
+
+    adopted = training.adopt(make(FlexAttention))
+    sequence = torch.tensor([0] * 5 + [1] * 6)
+
+    def document(b, h, q, k):
+        return (q >= k) & (sequence[q] == sequence[k])
+
+    mask = create_block_mask(document, None, None, LENGTH, LENGTH, "cpu")
+    ids = _ids(4, LENGTH)
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).expand(4, LENGTH)
+    expected = [adopted(part)[0] for part in (ids[:, :5], ids[:, 5:])]
+    for block in adopted.h:
+        block.attn.block_mask = mask
+    for batch in (2, 4):
+        packed = adopted(ids[:batch], positions[:batch])[0]
+        for part, whole in zip(packed.split([5, 6], 1), expected, strict=True):
+            torch.testing.assert_close(part, whole[:batch])
+
+
 def prefix(b, h, q, k):
     return (q >= k) | (k < 3)
 

@@ -31,7 +31,8 @@ from vllm.model_executor.models.builder.adopt.masks import causal
 OPERATOR = torch.ops.higher_order.flex_attention
 
 _NEAR, _FAR = 256, 1 << 20
-# By function of a score, its cap; by a tensor of a BlockMask, the bounds of sequences.
+# By function of a score, its cap; by a tensor of a BlockMask, and by what it was
+# checked for, the bounds of sequences.
 _CAPS: weakref.WeakKeyDictionary[Callable[..., Any], float | None]
 _CAPS = weakref.WeakKeyDictionary()
 _BOUNDS = WeakIdKeyDictionary()
@@ -80,7 +81,7 @@ def bounds_of(
         site: What the adopted layer computes.
         query: shape = [batch, num_heads, seq, head_size].
         score_mod: The call's.
-        block_mask: The call's. It is read once.
+        block_mask: The call's. It is read once for each form of call.
 
     Returns:
         torch.int32, shape = [num_seqs + 1]; None: each row is one sequence.
@@ -98,11 +99,13 @@ def bounds_of(
     with torch.device(query.device):
         if _cap(score_mod, (0, num_heads - 1)) != site.logits_soft_cap:
             raise ValueError(_OTHER_SCORES)
-    snapshot = block_mask[2]
-    if snapshot not in _BOUNDS:
-        mask = _mask(block_mask[-1], batch, num_heads, seq, query.device)
-        _BOUNDS[snapshot] = _bounds(mask, site.sliding_window, batch)
-    return _BOUNDS[snapshot]
+    mask_mod, window = block_mask[-1], site.sliding_window
+    checked = _BOUNDS.setdefault(block_mask[2], {})
+    call = mask_mod, window, batch, num_heads, seq
+    if call not in checked:
+        mask = _mask(mask_mod, batch, num_heads, seq, query.device)
+        checked[call] = _bounds(mask, window, batch)
+    return checked[call]
 
 
 @contextmanager
