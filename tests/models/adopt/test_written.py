@@ -74,7 +74,21 @@ class Added(Masked):
         return scores.float().softmax(dim=-1).type_as(q) @ v
 
 
-VARIANTS = [Masked, Capped, Added]
+class CastLikeScores(Masked):
+    """Mask and values are cast to what the scores are."""
+
+    def attend(self, q, k, v, seq):
+        scores = q @ k.mT * 0.25
+        mask = torch.full((seq, seq), -1e9, dtype=torch.float64, device=q.device)
+        scores = scores + mask.triu(1).type_as(scores)
+        hidden = torch.ones(seq, seq, dtype=torch.int64, device=q.device).triu(1)
+        assert hidden.to(scores).dtype == q.dtype
+        scores = scores.masked_fill(hidden.to(scores) == 1, -1e9)
+        weights = scores.float().softmax(dim=-1).type_as(v)
+        return weights @ v.double().type_as(weights)
+
+
+VARIANTS = [Masked, Capped, Added, CastLikeScores]
 
 
 def make(attention):
@@ -97,7 +111,7 @@ def test_logits_and_gradients(attention):
     site = adopted.h[0].attn.trainable_attention.site
     assert site.sliding_window == (4 if attention is Capped else None)
     assert site.logits_soft_cap == (2.0 if attention is Capped else None)
-    scale = {Masked: 32**-0.5, Capped: 1.0, Added: 0.25}[attention]
+    scale = {Masked: 32**-0.5, Capped: 1.0}.get(attention, 0.25)
     assert abs(site.scale - scale) <= 1e-12
     ids = _ids(2, 11)
     logits = [each(ids)[0] for each in (model, adopted)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vllm.model_executor.models.builder.adopt.masks import (
     HIDDEN,
@@ -142,7 +142,8 @@ class Scores:
         is_score = not (self._has_mask or self._is_softmax)
         computes = _ELEMENTWISE.get(name)
         if name in _CASTS:
-            pass
+            if not (args and args[0] is self.stand_in):
+                return self._cast(func, args, kwargs)
         elif computes and is_score and _is_of_one_score(computes, args) and not kwargs:
             self.functions.append((computes, tuple(float(each) for each in others)))
         elif name == "softmax" and not self._is_softmax:
@@ -158,6 +159,14 @@ class Scores:
                 "in this order. Call scaled_dot_product_attention or flex_attention."
             )
         return self.stand_in
+
+    def _cast(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Cast another tensor, such as a mask, to what the scores are."""
+        given = (tuple(args), kwargs)
+        args, kwargs = tree_map(
+            lambda each: self.query if each is self.stand_in else each, given
+        )
+        return func(*args, **kwargs)
 
     def _softmax(
         self, input: torch.Tensor, dim: int | None = None, *_: Any, **__: Any
