@@ -297,6 +297,73 @@ def test_a_window_that_only_shows_in_long_sequences(make_llm, tmp_path, monkeypa
     assert found == [80]
 
 
+class OneToken(NanoAttention):
+    """Asks for no mask where there is nothing to hide, as transformers does."""
+
+    window = None
+
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        seq, mask = x.shape[1], None
+        if self.window is not None and seq > 1:
+            places = torch.arange(seq)
+            distance = places[:, None] - places
+            mask = (distance >= 0) & (distance < self.window)
+        is_causal = mask is None and seq > 1
+        y = F.scaled_dot_product_attention(q, q, q, mask, is_causal=is_causal)
+        return self.c_proj(y[:, 0])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_token_needs_no_mask(window, monkeypatch):
+    monkeypatch.setattr(OneToken, "window", window)
+    model = _nano(OneToken).eval()
+    adopted = training.adopt(copy.deepcopy(model))
+    assert adopted.h[1].attn.trainable_attention.site.sliding_window == window
+    for length in (1, 9):
+        ids = _ids()[:, :length]
+        torch.testing.assert_close(adopted(ids)[0], model(ids)[0])
+    monkeypatch.setattr(OneToken, "window", 4 if window is None else None)
+    with pytest.raises(ValueError, match="exactly the causal one|sliding_window=None"):
+        adopted(_ids())
+
+
+@pytest.mark.parametrize("window", [512, 1024])
+def test_long_windows_in_a_trainer(window, monkeypatch):
+    """One that is too long to be found is refused with the length of the look."""
+    monkeypatch.setattr(OneToken, "window", window)
+    model = NanoGPT(NanoConfig(max_position_embeddings=1100))
+    model.h[1].attn = OneToken(CONFIG)
+    training.adopt(model)
+    found = model.h[1].attn.trainable_attention.site.sliding_window
+    assert found == (512 if window == 512 else None)
+    ids = torch.zeros(1, 1100, dtype=torch.long)
+    if window == 512:
+        model(ids)
+    else:
+        with pytest.raises(ValueError, match="1100 tokens.* shorter than 1024"):
+            model(ids)
+
+
+class Skipped(NanoAttention):
+    """No attention for some numbers of tokens."""
+
+    def forward(self, x):
+        q = self.c_attn(x)[..., :64].unsqueeze(1)
+        for length in (1, 2):
+            if x.shape[1] > length:
+                q = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return self.c_proj(q[:, 0])
+
+
+@pytest.mark.parametrize(("length", "calls"), [(1, 0), (2, 1)])
+def test_fewer_calls_than_when_adopted(length, calls):
+    adopted = training.adopt(_nano(Skipped))
+    adopted(_ids())
+    with pytest.raises(ValueError, match=f"Skipped makes {calls} calls of attention"):
+        adopted(_ids()[:, :length])
+
+
 class Learned(NanoAttention):
     """A mask that depends on a weight."""
 

@@ -179,6 +179,56 @@ def test_a_module_of_two_places():
         training.check_servable(model, CONFIG)
 
 
+class OwnBlock(Block):
+    mask = staticmethod(lambda distance: (distance >= 0) & (distance < 4))
+
+    def forward(self, x):
+        heads = self.qkv(x).view(*x.shape[:-1], 3, 2, 32).movedim(-3, 0)
+        q, k, v = heads.transpose(-3, -2)
+        places = torch.arange(x.shape[1])
+        mask = self.mask(places[:, None] - places)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.o(y.transpose(-3, -2).flatten(-2))
+
+
+class OwnPreTrained(transformers.PreTrainedModel):
+    """transformers' class, with calls of torch's attention."""
+
+    config_class = transformers.LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Model(OwnBlock(), OwnBlock())
+
+    def forward(self, input_ids, position_ids=None):
+        return self.model(input_ids, position_ids)
+
+
+def test_masks_of_transformers_classes(monkeypatch):
+    """They are looked at where a class calls torch's attention itself."""
+    model = training.adopt(OwnPreTrained(CONFIG).eval())
+    for block in model.model.h:
+        assert block.trainable_attention.site.sliding_window == 4
+    monkeypatch.setattr(OwnBlock, "mask", staticmethod(lambda distance: distance < 2))
+    with pytest.raises(ValueError, match=r"model\.h\.0: .*not exactly the causal one"):
+        training.adopt(OwnPreTrained(CONFIG).eval())
+
+
+def test_position_biases_of_falcon():
+    sizes = {"ffn_hidden_size": 96, "attn_implementation": "sdpa"}
+    model = make("FalconForCausalLM", **sizes)
+    ids = torch.arange(1, 9)[None]
+    expected = model(ids, use_cache=False).logits
+    training.adopt(model)
+    logits = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    one = model(ids[:, :1], use_cache=False).logits
+    torch.testing.assert_close(one, expected[:, :1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"h\.0\..*not exactly the causal one"):
+        training.adopt(make("FalconForCausalLM", alibi=True, **sizes))
+
+
 class SomebodysConfig(transformers.PretrainedConfig):
     model_type = "somebodys_own"
 

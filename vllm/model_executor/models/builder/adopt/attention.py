@@ -35,6 +35,7 @@ class AttentionSite(NamedTuple):
         logits_soft_cap: Caps the scores; None: no cap.
         sinks: Name of the parameter of the calling module that holds one score more
             for each head; None: there is none.
+        is_torchs: Whether it is a call of torch's `scaled_dot_product_attention`.
         is_flex: Whether it is a call of `flex_attention`.
         written: Functions of each score, where the call is written out.
     """
@@ -47,6 +48,7 @@ class AttentionSite(NamedTuple):
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     sinks: str | None = None
+    is_torchs: bool = False
     is_flex: bool = False
     written: tuple[tuple[str, tuple[float, ...]], ...] | None = None
 

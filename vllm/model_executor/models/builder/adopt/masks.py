@@ -8,6 +8,8 @@ import torch
 
 # What is added to a score that is hidden, or less: its weight is 0.
 HIDDEN = -1e4
+# Tokens for which masks are looked at when a model is adopted in a trainer.
+MOST_IN_TRAINER = 1024
 
 
 def causal(seq: int, window: int | None, device: torch.device) -> torch.Tensor:

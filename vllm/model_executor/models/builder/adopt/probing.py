@@ -32,7 +32,11 @@ from vllm.model_executor.models.builder.adopt.attention import AttentionSite
 from vllm.model_executor.models.builder.adopt.flex_attention import without_compiler
 from vllm.model_executor.models.builder.adopt.known_values import KnownValues
 from vllm.model_executor.models.builder.adopt.linear_calls import LinearCalls
-from vllm.model_executor.models.builder.adopt.masks import visible, window_of
+from vllm.model_executor.models.builder.adopt.masks import (
+    MOST_IN_TRAINER,
+    visible,
+    window_of,
+)
 from vllm.model_executor.models.builder.adopt.written_attention import Scores
 from vllm.model_executor.models.builder.counting import (
     Counting,
@@ -44,7 +48,7 @@ from vllm.model_executor.models.builder.merged_linears import LinearGroup
 _TOKENS = 6
 _LONGEST_MASK = 16384
 
-# By calling module, in the order of its calls.
+# By calling module, in the order of the calls that one forward of it makes.
 Sites = dict[nn.Module, list[AttentionSite]]
 Groups = dict[nn.Module, list[LinearGroup]]
 
@@ -109,7 +113,7 @@ def _lengths_with_masks() -> tuple[int, ...]:
     """
     longest = _longest_in_engine()
     if longest is None:
-        return (256, 64, _TOKENS)
+        return (MOST_IN_TRAINER, 256, 64, _TOKENS)
     if longest > _LONGEST_MASK:
         raise ValueError(
             "attention is called with a mask as a tensor. Its values cannot be checked "
@@ -147,8 +151,16 @@ def _find_calls(
     sites: Sites = {}
     paths = {part: path for path, part in module.named_modules()}
 
+    # Of the latest forward of a module: one in several places runs several times.
+    latest: dict[nn.Module, list[AttentionSite]] = {}
+
+    def begin(caller: nn.Module, args: Any) -> None:
+        latest[caller] = []
+
     def record(caller: nn.Module, site: AttentionSite) -> None:
-        sites.setdefault(caller, []).append(site)
+        latest[caller].append(site)
+        if len(latest[caller]) > len(sites.get(caller, ())):
+            sites[caller] = latest[caller]
 
     unknown: dict[tuple[str, str], None] = {}
 
@@ -157,9 +169,13 @@ def _find_calls(
         unknown[inside[-1] if inside else "", f"{function} ({op})"] = None
 
     linears = LinearCalls(module, contiguous)
-    with running_modules(linears) as running, paths_in_errors(running, paths):
+    with (
+        register_module_forward_pre_hook(begin),
+        running_modules(linears) as running,
+        paths_in_errors(running, paths),
+    ):
         recorded = transformers.recorded(module, record) if transformers else None
-        known = None if transformers else KnownValues()
+        known = KnownValues()
         recorder = _Recorder(running, record, linears, known, num_tokens)
         with recorded or nullcontext(), UnknownFunctions(report), recorder:
             run_on_fake_tensors(module, call, num_tokens, known)
@@ -199,7 +215,7 @@ class _Recorder(TorchFunctionMode):
         running: list[nn.Module],
         record: Callable[[nn.Module, AttentionSite], None],
         linears: LinearCalls,
-        known: KnownValues | None,
+        known: KnownValues,
         num_tokens: int,
     ) -> None:
         super().__init__()
@@ -220,10 +236,10 @@ class _Recorder(TorchFunctionMode):
         site, mask = torch_attention.read_call(func, args, kwargs)
         if mask is not None:
             self.has_masks = True
-            value = None if self.known is None else self.known.value(mask)
+            value = self.known.value(mask)
             if value is not None:
                 site = site._replace(sliding_window=_window_of(value))
-            elif self.known is not None:
+            else:
                 _check_unknown_mask()
         self.record(self.running[-1], site)
         query = args[0] if args else kwargs["query"]
@@ -234,7 +250,7 @@ class _Recorder(TorchFunctionMode):
         """A function that may belong to attention that is written out."""
         scores, known = self.scores, self.known
         if scores is None:
-            if known is None or not written_attention.starts(func, args):
+            if not written_attention.starts(func, args):
                 return func(*args, **kwargs)
             tokens = {args[0].shape[2], args[1].shape[3]}
             if tokens != {self.num_tokens}:

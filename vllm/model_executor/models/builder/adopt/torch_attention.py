@@ -16,7 +16,12 @@ from vllm.model_executor.models.builder.adopt.attention import (
     AdoptedAttention,
     AttentionSite,
 )
-from vllm.model_executor.models.builder.adopt.masks import HIDDEN, NOT_CAUSAL, causal
+from vllm.model_executor.models.builder.adopt.masks import (
+    HIDDEN,
+    MOST_IN_TRAINER,
+    NOT_CAUSAL,
+    causal,
+)
 from vllm.model_executor.models.builder.adopt.written_attention import Scores
 
 
@@ -70,13 +75,14 @@ def _read_call(
             f"attention is called with dropout_p={dropout_p}; no kernel has dropout. "
             "Set it to 0 while training too."
         )
-    if not is_causal and attn_mask is None:
+    # A forward of several tokens has shown whether a call is causal.
+    if not is_causal and attn_mask is None and query.shape[-2] != 1:
         raise ValueError(
             "attention is called with is_causal=False and without a mask. The engine "
             "keeps keys and values of the past only; bidirectional attention cannot "
             "be served."
         )
-    return AttentionSite.of(query, key, value, scale), attn_mask
+    return AttentionSite.of(query, key, value, scale, is_torchs=True), attn_mask
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -131,10 +137,23 @@ class AttentionCalls(TorchFunctionMode):
         """The module's forward has ended.
 
         Raises:
-            ValueError: Scores were not used as when the model was adopted.
+            ValueError: Scores were not used as when the model was adopted, or it made
+                fewer calls.
         """
         if self.scores is not None:
             raise ValueError(UNFINISHED)
+        layer = getattr(self.module, site_name(self.calls), None)
+        if isinstance(layer, AdoptedAttention) and _is_taken_over(layer.site):
+            raise ValueError(
+                f"{type(self.module).__name__} makes {self.calls} calls of attention; "
+                "when the model was adopted it made more. Each forward has to make the "
+                "same calls, also for a single token."
+            )
+
+
+def _is_taken_over(site: AttentionSite) -> bool:
+    """Whether it is a call of torch's functions, not of transformers' interface."""
+    return site.is_torchs or site.is_flex or site.written is not None
 
 
 def _own_value(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -156,10 +175,13 @@ def _attend(
 ) -> torch.Tensor:
     """Compute one call, shape = [batch, num_heads, seq, value_size]."""
     site, mask = _read_call(*args, **kwargs)
-    if mask is not None and isinstance(layer, AdoptedAttention):
-        site = site._replace(sliding_window=layer.site.sliding_window)
-    adopted = _checked(module, layer, site)
     query, key, value = (*args, *(kwargs[n] for n in _NAMES[len(args) :]))[:3]
+    if isinstance(layer, AdoptedAttention):
+        window = layer.site.sliding_window
+        # A single token sees itself alone, within any window.
+        if mask is not None or (window is not None and query.shape[-2] == 1):
+            site = site._replace(sliding_window=window)
+    adopted = _checked(module, layer, site)
     if mask is not None and not adopted.is_in_engine:
         _check_causal(mask, query.shape[-2], site.sliding_window)
     return adopted.attend(query, key, value).transpose(1, 2)
@@ -226,5 +248,10 @@ def _check_causal(mask: torch.Tensor, seq: int, window: int | None) -> None:
         is_causal = torch.where(expected, mask == 0, hidden).all()
     if torch.compiler.is_compiling():
         torch._assert_async(is_causal, NOT_CAUSAL)
+    elif not is_causal and seq > MOST_IN_TRAINER:
+        raise ValueError(
+            f"{NOT_CAUSAL} It is for {seq} tokens. When a model is adopted in a "
+            f"trainer, a window is found if it is shorter than {MOST_IN_TRAINER}."
+        )
     elif not is_causal:
         raise ValueError(NOT_CAUSAL)
