@@ -31,7 +31,7 @@ class KnownValues(TorchDispatchMode):
         """Note a value; it is not changed where the forward changes the tensor."""
         with unset_fake_temporarily(), torch._C.DisableTorchFunction():
             if value.device.type == "cpu":
-                self._values[fake] = torch._lazy_clone(value.detach())
+                self._values[fake] = value.detach().clone()
             elif not value.is_meta:
                 self._values[fake] = value.detach().cpu()
 
