@@ -177,7 +177,7 @@ def _scored(
     temperature: float | torch.Tensor,
     options: BuilderOptions,
 ) -> _Scored:
-    _refuse_one_shard(model)
+    _refuse_one_group(model)
     body = Body(model, options, "the trainer")
     body.set_head(body.find_head("token_logprobs"))
     _check(body, input_ids, targets, positions, cu_seqlens)
@@ -197,7 +197,7 @@ def _scored(
     return _Scored(hidden_states, body.head_with(tail), temperature, flattens)
 
 
-def _refuse_one_shard(model: nn.Module) -> None:
+def _refuse_one_group(model: nn.Module) -> None:
     """Refuse FSDP2 of the whole model as one group.
 
     What such a model returns has no gradient here: the hidden states leave it at its

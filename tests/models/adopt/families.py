@@ -104,3 +104,23 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_class(name: str, **sizes: Any) -> transformers.PreTrainedModel:
+    """A model of any class, in evaluation mode; sizes: of its config, over `TINY`."""
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    return cls(cls.config_class(**TINY | sizes)).eval()

@@ -83,6 +83,16 @@ class NanoGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def nano_with(attention: type[NanoAttention]) -> NanoGPT:
+    """A model whose layers have another attention, in evaluation mode."""
+    config = NanoConfig()
+    torch.manual_seed(0)
+    model = NanoGPT(config)
+    for block in model.h:
+        block.attn = attention(config)
+    return model.eval()
+
+
 class RMS(nn.Module):
     """A norm of one's own, in the order of roundings of Gemma's."""
 

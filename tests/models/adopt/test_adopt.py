@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.models.adopt.families import VOCABULARY, make
+from tests.models.adopt.families import make
+from tests.models.adopt.inputs import token_ids
 from vllm import training
 from vllm.model_executor.layers.training import TrainableAttention, TrainingLayer
 
@@ -23,11 +24,6 @@ def pair(family):
     """A model and the same one adopted."""
     model = make(family)
     return model, training.adopt(copy.deepcopy(model))
-
-
-def _ids(*shape):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
 
 
 def test_names_weights_and_object_stay(pair):
@@ -53,7 +49,7 @@ def test_every_attention_and_weight_is_a_training_layer(pair):
 
 def test_rows_of_a_batch(pair):
     model, adopted = pair
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(
         adopted(ids, use_cache=False).logits, expected, **TOLERANCE
@@ -62,7 +58,7 @@ def test_rows_of_a_batch(pair):
 
 def test_gradients(pair):
     model, adopted = pair
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     ids[:, 3] = 0  # padding, whose embedding gets no gradient in some models
     for each in pair:
         each.zero_grad()
@@ -78,7 +74,7 @@ def test_gradients(pair):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(pair, side):
     model, adopted = pair
-    ids, mask = _ids(3, 11), torch.ones(3, 11, dtype=torch.long)
+    ids, mask = token_ids(3, 11, first=3), torch.ones(3, 11, dtype=torch.long)
     for row, padding in enumerate((0, 4, 10)):
         mask[row, slice(padding) if side == "left" else slice(11 - padding, 11)] = 0
     expected = model(ids, attention_mask=mask, use_cache=False).logits
@@ -89,7 +85,7 @@ def test_padding(pair, side):
 
 def test_packed_positions(pair):
     model, adopted = pair
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 0], [*range(11)]])
     expected = model(ids, position_ids=positions, use_cache=False).logits
     logits = adopted(ids, position_ids=positions, use_cache=False).logits
@@ -98,7 +94,7 @@ def test_packed_positions(pair):
 
 def test_given_lengths(pair):
     model, adopted = pair
-    ids = _ids(1, 11)
+    ids = token_ids(1, 11, first=3)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
     lengths = torch.tensor([0, 3, 11], dtype=torch.int32)
     logits = adopted(
@@ -117,7 +113,7 @@ def test_given_lengths(pair):
 
 def test_bf16(pair):
     model, adopted = (copy.deepcopy(each).bfloat16() for each in pair)
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     exact = pair[0](ids, use_cache=False).logits
     error = (model(ids, use_cache=False).logits - exact).abs().mean()
     own = (adopted(ids, use_cache=False).logits - exact).abs().mean()
@@ -133,7 +129,7 @@ def test_meta_device_and_a_checkpoint(pair, tmp_path):
     if "meta device" not in empty.adoption:  # where a buffer has Gemma's scale
         assert empty.adoption == adopted.adoption
     assert all(p.is_meta for p in empty.parameters())
-    ids = _ids(1, 7)
+    ids = token_ids(1, 7, first=3)
     loaded = training.adopt(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     expected = adopted(ids, use_cache=False).logits
     assert torch.equal(loaded(ids, use_cache=False).logits, expected)
@@ -149,7 +145,7 @@ def test_another_default_device(pair):
     with torch.device("meta"):
         training.adopt(again)
     assert again.adoption == adopted.adoption
-    ids = _ids(1, 7)
+    ids = token_ids(1, 7, first=3)
     expected = adopted(ids, use_cache=False).logits
     assert torch.equal(again(ids, use_cache=False).logits, expected)
 
@@ -157,7 +153,7 @@ def test_another_default_device(pair):
 def test_activation_checkpointing(pair):
     _, adopted = pair
     model = copy.deepcopy(adopted).train()
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.models.adopt.plain import NanoAttention, NanoConfig, NanoGPT
+from tests.models.adopt.inputs import token_ids
+from tests.models.adopt.plain import NanoAttention, NanoConfig, nano_with
 from vllm import ModelRegistry, training
 from vllm.training import parity
 
@@ -74,40 +75,27 @@ class Written(Windowed):
         return F.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ v
 
 
-def make(attention):
-    torch.manual_seed(0)
-    model = NanoGPT(CONFIG)
-    for block in model.h:
-        block.attn = attention(CONFIG)
-    return model.eval()
-
-
-def _ids(*shape):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, CONFIG.vocab_size, shape, generator=generator)
-
-
 def _site(model):
     return model.h[0].attn.trainable_attention.site
 
 
 @pytest.mark.parametrize("attention", [FlexAttention, Windowed, CompiledAttention])
 def test_logits_and_gradients(attention, monkeypatch):
-    adopted = training.adopt(make(attention))
+    adopted = training.adopt(nano_with(attention))
     monkeypatch.setattr(Written, "mask_mod", staticmethod(attention.mask_mod))
     monkeypatch.setattr(Written, "score_mod", staticmethod(attention.score_mod))
     if attention.score_mod is None:
         monkeypatch.setattr(Written, "score_mod", None)
-    model = make(Written)
+    model = nano_with(Written)
     assert _site(adopted).num_kv_heads == 1
     assert _site(adopted).sliding_window == (None if attention is FlexAttention else 4)
     assert _site(adopted).logits_soft_cap == (
         None if attention is FlexAttention else 0.5
     )
-    ids = _ids(2, LENGTH)
+    ids = token_ids(2, LENGTH)
     with torch.no_grad():
         torch.testing.assert_close(
-            make(attention)(ids)[0], model(ids)[0], rtol=1e-4, atol=2e-5
+            nano_with(attention)(ids)[0], model(ids)[0], rtol=1e-4, atol=2e-5
         )
     logits = [each(ids)[0] for each in (model, adopted)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
@@ -119,8 +107,8 @@ def test_logits_and_gradients(attention, monkeypatch):
 
 
 def test_compiled_with_the_model():
-    adopted = training.adopt(make(Windowed))
-    ids = _ids(2, LENGTH)
+    adopted = training.adopt(nano_with(Windowed))
+    ids = token_ids(2, LENGTH)
     with training.batch_invariant(), torch.no_grad():
         options = {"emulate_precision_casts": True}
         compiled = torch.compile(adopted, fullgraph=True, options=options)
@@ -129,7 +117,7 @@ def test_compiled_with_the_model():
 
 def test_packed_sequences():
     """A mask that keeps sequences apart, in a trainer."""
-    adopted = training.adopt(make(Windowed))
+    adopted = training.adopt(nano_with(Windowed))
     sequence = torch.tensor([[0] * 5 + [1] * 6, [0] * 11])
 
     def document(b, h, q, k):
@@ -138,7 +126,7 @@ def test_packed_sequences():
     mask = create_block_mask(document, 2, None, LENGTH, LENGTH, "cpu")
     for block in adopted.h:
         block.attn.block_mask = mask
-    ids, positions = _ids(2, LENGTH), torch.arange(LENGTH).repeat(2, 1)
+    ids, positions = token_ids(2, LENGTH), torch.arange(LENGTH).repeat(2, 1)
     positions[0, 5:] -= 5
     packed = adopted(ids, positions)[0]
     for block in adopted.h:
@@ -150,24 +138,24 @@ def test_packed_sequences():
 
 def test_one_mask_for_layers_and_batches():
     """What was checked of a mask holds for one window and one batch size."""
-    model = make(FlexAttention)
+    model = nano_with(FlexAttention)
     model.h[1].attn = Windowed(CONFIG)
     adopted = training.adopt(model.eval())
     mask = create_block_mask(causal, None, None, LENGTH, LENGTH, "cpu")
     adopted.h[0].attn.block_mask = mask
-    adopted(_ids(1, LENGTH))
+    adopted(token_ids(1, LENGTH))
     adopted.h[1].attn.block_mask = mask
     with pytest.raises(ValueError, match="not causal attention, within a window"):
-        adopted(_ids(1, LENGTH))
+        adopted(token_ids(1, LENGTH))
 
-    adopted = training.adopt(make(FlexAttention))
+    adopted = training.adopt(nano_with(FlexAttention))
     sequence = torch.tensor([0] * 5 + [1] * 6)
 
     def document(b, h, q, k):
         return (q >= k) & (sequence[q] == sequence[k])
 
     mask = create_block_mask(document, None, None, LENGTH, LENGTH, "cpu")
-    ids = _ids(4, LENGTH)
+    ids = token_ids(4, LENGTH)
     positions = torch.cat([torch.arange(5), torch.arange(6)]).expand(4, LENGTH)
     expected = [adopted(part)[0] for part in (ids[:, :5], ids[:, 5:])]
     for block in adopted.h:
@@ -233,26 +221,28 @@ def test_other_functions_are_refused_by_name(mask_mod, score_mod, message, monke
         function = function and staticmethod(function)
         monkeypatch.setattr(FlexAttention, name, function)
     with pytest.raises(ValueError, match=rf"h\.0\.attn: .*{message}"):
-        training.adopt(make(FlexAttention))
+        training.adopt(nano_with(FlexAttention))
 
 
 @pytest.mark.parametrize(
     ("name", "function"), [("mask_mod", causal), ("score_mod", biased)]
 )
 def test_another_function_than_when_adopted(name, function, monkeypatch):
-    adopted = training.adopt(make(Windowed))
+    adopted = training.adopt(nano_with(Windowed))
     monkeypatch.setattr(Windowed, name, staticmethod(function))
     with pytest.raises(ValueError, match="of when the model was adopted"):
-        adopted(_ids(1, LENGTH))
+        adopted(token_ids(1, LENGTH))
 
 
 def test_same_bits(make_llm, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    model = make(Windowed)
+    model = nano_with(Windowed)
     training.save_checkpoint(model, tmp_path)
     fields = {"architectures": ["Flex"], **vars(CONFIG)}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    ModelRegistry.register_model("Flex", lambda config: training.adopt(make(Windowed)))
+    ModelRegistry.register_model(
+        "Flex", lambda config: training.adopt(nano_with(Windowed))
+    )
     llm = make_llm(tmp_path, max_model_len=96)
     trainer = training.adopt(copy.deepcopy(model))
     prompts = [[5, 6, 7, 8, 9], [3 + i % 90 for i in range(40)], [4]]

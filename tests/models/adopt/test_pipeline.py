@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from tests.models.adopt.families import CONFIGS, VOCABULARY, make
+from tests.models.adopt.families import CONFIGS, make
+from tests.models.adopt.inputs import PROMPTS, token_ids
 from tests.models.adopt.plain import NanoConfig, NanoGPT
 from tests.models.gpus import skip_without_gpus
 from vllm import ModelRegistry, training
@@ -19,8 +20,6 @@ from vllm.model_executor.layers.training import TrainableAttention
 from vllm.model_executor.models.builder import model_builder
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training import parity
-
-PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 
 
 def context(rank, size=2, **options):
@@ -32,11 +31,6 @@ def stages(model, size=2):
         training.adopt(copy.deepcopy(model), parallel_context=context(rank, size))
         for rank in range(size)
     ]
-
-
-def _ids(*shape):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
 
 
 def in_a_row(parts, ids, **options):
@@ -53,7 +47,7 @@ def test_stages_in_a_row_are_the_model(staged):
     """The bits, and each tensor of the checkpoint on one of them."""
     model = make(staged)
     parts = stages(model)
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11, first=3)
     whole = training.adopt(copy.deepcopy(model))
     for mode in (training.batch_invariant, torch.no_grad):
         with mode(), torch.no_grad():
@@ -71,7 +65,7 @@ def test_stages_in_a_row_are_the_model(staged):
 
 def test_gradients_go_back_through_the_stages(staged):
     model = make(staged)
-    parts, ids = stages(model), _ids(2, 11)
+    parts, ids = stages(model), token_ids(2, 11, first=3)
     whole = training.adopt(copy.deepcopy(model))
     for logits in (whole(ids, use_cache=False).logits, in_a_row(parts, ids)):
         logits.float().log_softmax(-1)[..., 5].sum().backward()
@@ -101,7 +95,7 @@ def test_a_stage_of_several_ranks():
 
 
 def test_a_stage_can_be_copied_and_pickled():
-    parts, ids = stages(make("qwen3")), _ids(1, 5)
+    parts, ids = stages(make("qwen3")), token_ids(1, 5, first=3)
     with torch.no_grad():
         expected = in_a_row(parts, ids)
         assert torch.equal(in_a_row(copy.deepcopy(parts), ids), expected)
@@ -112,9 +106,13 @@ def test_a_stage_can_be_copied_and_pickled():
 def test_a_stage_is_called_with_hidden_states():
     first, last = stages(make("qwen3"))
     with pytest.raises(ValueError, match="called without hidden_states"):
-        last(_ids(1, 5), use_cache=False)
+        last(token_ids(1, 5, first=3), use_cache=False)
     with pytest.raises(ValueError, match="with hidden_states on the first"):
-        first(_ids(1, 5), hidden_states=torch.zeros(1, 5, 64), use_cache=False)
+        first(
+            token_ids(1, 5, first=3),
+            hidden_states=torch.zeros(1, 5, 64),
+            use_cache=False,
+        )
     with pytest.raises(ValueError, match="this rank's part of the model"):
         first.save_pretrained("unused")
 
@@ -206,7 +204,7 @@ def written(kind):
 
 @pytest.mark.parametrize("kind", [Written, Tuples])
 def test_embeddings_are_changed_on_the_first_stage_only(kind):
-    model, ids = written(kind), _ids(2, 9)
+    model, ids = written(kind), token_ids(2, 9, first=3)
     whole = training.adopt(copy.deepcopy(model))
     position_ids = torch.arange(9).expand(2, 9)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.models.adopt.inputs import token_ids
 from tests.models.adopt.plain import NanoAttention, NanoConfig, NanoGPT, RotaryGPT
 from vllm import ModelRegistry, training
 from vllm.model_executor.determinism.probes import BatchInvarianceError
@@ -33,13 +34,8 @@ def pair(request):
     return model, training.adopt(copy.deepcopy(model))
 
 
-def _ids():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, CONFIG.vocab_size, (2, 9), generator=generator)
-
-
 def test_logits_and_gradients(pair):
-    logits = [logits_of(model(_ids(), POSITIONS)) for model in pair]
+    logits = [logits_of(model(token_ids(2, 9), POSITIONS)) for model in pair]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
     for model, each in zip(pair, logits):
         model.zero_grad()
@@ -68,7 +64,7 @@ def test_modules_are_recognised_by_what_they_compute(pair):
 
 def test_compiled_and_in_the_mode(pair):
     _, adopted = pair
-    ids = _ids()
+    ids = token_ids(2, 9)
     with training.batch_invariant(), torch.no_grad():
         logits = logits_of(adopted(ids, POSITIONS))
         alone = logits_of(adopted(ids[:1, :5], POSITIONS[:1, :5]))
@@ -123,10 +119,10 @@ def test_a_model_that_counts_is_given_positions(counting):
     model, adopted = counting
     training.check_servable(adopted, CONFIG)
     assert "is given positions" in adopted.adoption
-    logits = [logits_of(each(_ids())) for each in counting]
+    logits = [logits_of(each(token_ids(2, 9))) for each in counting]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
     convention = CallingConvention.of(adopted, INFERRED, "the test")
-    ids, positions = _ids()[0], torch.arange(9)
+    ids, positions = token_ids(2, 9)[0], torch.arange(9)
     before = positions.clone()
     called = logits_of(convention.call(adopted, ids, positions))
     torch.testing.assert_close(called[0], logits[0][0], rtol=1e-4, atol=2e-5)
@@ -143,7 +139,7 @@ def test_a_compiled_model_that_counts_is_given_positions(counting):
     compiled = torch.compile(
         hidden_states, fullgraph=True, dynamic=True, backend="eager"
     )
-    ids = _ids().flatten()
+    ids = token_ids(2, 9).flatten()
     with torch.no_grad():
         for order in (torch.arange(18), torch.arange(7).flip(0), torch.arange(11) + 60):
             each = ids[: len(order)]
@@ -233,10 +229,10 @@ class Masked(NanoAttention):
 def test_a_mask_is_compared_with_the_causal_one():
     Masked.skip = 0
     model = training.adopt(_nano(Masked))
-    model(_ids())
+    model(token_ids(2, 9))
     Masked.skip = 1
     with pytest.raises(ValueError, match="not exactly the causal one"):
-        model(_ids())
+        model(token_ids(2, 9))
 
 
 class Local(NanoAttention):
@@ -260,7 +256,7 @@ def test_a_window_in_a_mask(make_llm, tmp_path, monkeypatch):
     adopted = training.adopt(copy.deepcopy(model))
     assert adopted.h[0].attn.trainable_attention.site.sliding_window is None
     assert adopted.h[1].attn.trainable_attention.site.sliding_window == 4
-    torch.testing.assert_close(adopted(_ids())[0], model(_ids())[0])
+    torch.testing.assert_close(adopted(token_ids(2, 9))[0], model(token_ids(2, 9))[0])
     training.save_checkpoint(model, tmp_path)
     fields = {"architectures": ["Local"], **vars(CONFIG)}
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -321,11 +317,11 @@ def test_one_token_needs_no_mask(window, monkeypatch):
     adopted = training.adopt(copy.deepcopy(model))
     assert adopted.h[1].attn.trainable_attention.site.sliding_window == window
     for length in (1, 9):
-        ids = _ids()[:, :length]
+        ids = token_ids(2, 9)[:, :length]
         torch.testing.assert_close(adopted(ids)[0], model(ids)[0])
     monkeypatch.setattr(OneToken, "window", 4 if window is None else None)
     with pytest.raises(ValueError, match="exactly the causal one|sliding_window=None"):
-        adopted(_ids())
+        adopted(token_ids(2, 9))
 
 
 @pytest.mark.parametrize("window", [512, 1024])
@@ -359,9 +355,9 @@ class Skipped(NanoAttention):
 @pytest.mark.parametrize(("length", "calls"), [(1, 0), (2, 1)])
 def test_fewer_calls_than_when_adopted(length, calls):
     adopted = training.adopt(_nano(Skipped))
-    adopted(_ids())
+    adopted(token_ids(2, 9))
     with pytest.raises(ValueError, match=f"Skipped makes {calls} calls of attention"):
-        adopted(_ids()[:, :length])
+        adopted(token_ids(2, 9)[:, :length])
 
 
 class Learned(NanoAttention):
@@ -379,7 +375,7 @@ class Learned(NanoAttention):
 def test_a_mask_that_only_a_trainer_can_check(make_llm, tmp_path):
     model = _nano(Learned).eval()
     adopted = training.adopt(copy.deepcopy(model))
-    torch.testing.assert_close(adopted(_ids())[0], model(_ids())[0])
+    torch.testing.assert_close(adopted(token_ids(2, 9))[0], model(token_ids(2, 9))[0])
     training.save_checkpoint(model, tmp_path)
     fields = {"architectures": ["Learned"], **vars(CONFIG)}
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -10,20 +10,10 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from tests.models.adopt.families import TINY, make_class
 from vllm import training
 from vllm.model_executor.models.builder.adopt import causal_lm
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 WITH_STATE = {
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "Qwen3NextForCausalLM": {
@@ -47,17 +37,11 @@ WITH_STATE = {
 }
 
 
-def make(name, **sizes):
-    cls = getattr(transformers, name)
-    torch.manual_seed(0)
-    return cls(cls.config_class(**SIZES | sizes)).eval()
-
-
 @pytest.mark.parametrize("name", ["BertLMHeadModel", "BertForMaskedLM"])
 def test_an_encoder(name):
     message = r"bert\.encoder\.layer\.0\.attention\.self: .*bidirectional attention"
     with pytest.raises(ValueError, match=message):
-        training.adopt(make(name))
+        training.adopt(make_class(name))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +51,12 @@ def test_an_encoder_decoder(name):
     sizes = {"d_model": 64, "d_kv": 32, "num_heads": 2, "encoder_attention_heads": 2}
     sizes |= {"decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
     with pytest.raises(ValueError, match=f"{name} is an encoder-decoder"):
-        training.adopt(make(name, **sizes))
+        training.adopt(make_class(name, **sizes))
 
 
 @pytest.mark.parametrize("name", ["MambaForCausalLM", "RwkvForCausalLM"])
 def test_a_model_of_recurrent_layers(name):
-    model = make(name, state_size=8)
+    model = make_class(name, state_size=8)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"{name} calls no attention"):
         training.adopt(model)
@@ -82,14 +66,14 @@ def test_a_model_of_recurrent_layers(name):
 
 @pytest.mark.parametrize("name", list(WITH_STATE))
 def test_layers_with_state(name):
-    model = training.adopt(make(name, num_key_value_heads=2, **WITH_STATE[name]))
+    model = training.adopt(make_class(name, num_key_value_heads=2, **WITH_STATE[name]))
     message = "(conv|linear_attn|mamba)' .* mixes tokens outside TrainableAttention"
     with pytest.raises(ValueError, match=message):
         training.check_servable(model, model.config)
 
 
 def test_dropout_in_attention():
-    model = training.adopt(make("LlamaForCausalLM", attention_dropout=0.1))
+    model = training.adopt(make_class("LlamaForCausalLM", attention_dropout=0.1))
     ids = torch.arange(5)[None]
     model(ids, use_cache=False)  # none outside of training
     with pytest.raises(ValueError, match="dropout=0.1 while training.*to 0"):
@@ -122,7 +106,7 @@ class Model(nn.Module):
         return self.lm_head(x)
 
 
-CONFIG = transformers.LlamaConfig(**SIZES)
+CONFIG = transformers.LlamaConfig(**TINY)
 
 
 class AddMean(torch.autograd.Function):
@@ -217,7 +201,7 @@ def test_masks_of_transformers_classes(monkeypatch):
 
 def test_position_biases_of_falcon():
     sizes = {"ffn_hidden_size": 96, "attn_implementation": "sdpa"}
-    model = make("FalconForCausalLM", **sizes)
+    model = make_class("FalconForCausalLM", **sizes)
     ids = torch.arange(1, 9)[None]
     expected = model(ids, use_cache=False).logits
     training.adopt(model)
@@ -226,7 +210,7 @@ def test_position_biases_of_falcon():
     one = model(ids[:, :1], use_cache=False).logits
     torch.testing.assert_close(one, expected[:, :1], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"h\.0\..*not exactly the causal one"):
-        training.adopt(make("FalconForCausalLM", alibi=True, **sizes))
+        training.adopt(make_class("FalconForCausalLM", alibi=True, **sizes))
 
 
 class SomebodysConfig(transformers.PretrainedConfig):

@@ -9,35 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.models.adopt.families import make
-from vllm import ModelRegistry, SamplingParams, training
+from tests.models.adopt.inputs import PROMPTS, assert_greedy_tokens
+from vllm import ModelRegistry, training
 from vllm.training import parity
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # On CUDA these need the backend that is batch-invariant with windows.
 WITH_WINDOWS = ("gemma2", "gemma3", "gpt_oss")
-PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 
 
 def build(config):
     return training.adopt(AutoModelForCausalLM.from_config(config))
-
-
-def assert_greedy_tokens(model, llm, tolerance):
-    """Each token has the largest logit of the unmodified model, or nearly so."""
-    sampling = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    for prompt, output in zip(PROMPTS, llm.generate(prompts, sampling)):
-        tokens = prompt + list(output.outputs[0].token_ids)
-        with torch.no_grad():
-            logits = (
-                model(torch.tensor([tokens], device=DEVICE), use_cache=False)
-                .logits[0]
-                .float()
-            )
-        for place in range(len(prompt), len(tokens)):
-            row = logits[place - 1]
-            assert row[tokens[place]] >= row.max() - tolerance
 
 
 @pytest.mark.parametrize("eager", [True, False] if CUDA else [True])
@@ -59,7 +42,11 @@ def test_same_bits(make_llm, tmp_path, monkeypatch, family_and_dtype, eager):
     llm = make_llm(
         tmp_path, dtype=dtype, max_model_len=64, enforce_eager=eager, **options
     )
-    assert_greedy_tokens(original, llm, 1e-4 if dtype == "float32" else 0.06)
+
+    def logits(ids):
+        return original(ids.to(DEVICE), use_cache=False).logits
+
+    assert_greedy_tokens(logits, llm, 1e-4 if dtype == "float32" else 0.06)
     trainer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     trainer = training.adopt(trainer.to(DEVICE), implementation=implementation)
     report = parity.check(llm, trainer, PROMPTS, max_tokens=12)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.forks import run_python
 from tests.models.adopt.families import CONFIGS, make
+from tests.models.adopt.inputs import PROMPTS
 from tests.models.adopt.plain import NanoConfig, NanoGPT
 from tests.models.gpus import skip_without_gpus
 from vllm import ModelRegistry, training
@@ -24,7 +25,6 @@ from vllm.training import parity
 CHECKS = Path(__file__).with_name("tensor_parallel_checks.py")
 # What differs most: transposed weights; latent attention; experts with biases, sinks.
 FEW = ("gpt2", "deepseek_v3", "gpt_oss")
-PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [3 + i % 90 for i in range(40)], [4]]
 RANKS = [ParallelContext(tp_rank=rank, tp_size=2) for rank in range(2)]
 
 

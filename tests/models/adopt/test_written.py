@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.models.adopt.plain import NanoAttention, NanoConfig, NanoGPT
+from tests.models.adopt.inputs import token_ids
+from tests.models.adopt.plain import NanoAttention, NanoConfig, nano_with
 from vllm import ModelRegistry, training
 from vllm.training import parity
 
@@ -91,29 +92,16 @@ class CastLikeScores(Masked):
 VARIANTS = [Masked, Capped, Added, CastLikeScores]
 
 
-def make(attention):
-    torch.manual_seed(0)
-    model = NanoGPT(CONFIG)
-    for block in model.h:
-        block.attn = attention(CONFIG)
-    return model.eval()
-
-
-def _ids(*shape):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, CONFIG.vocab_size, shape, generator=generator)
-
-
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_logits_and_gradients(attention):
-    model = make(attention)
+    model = nano_with(attention)
     adopted = training.adopt(copy.deepcopy(model))
     site = adopted.h[0].attn.trainable_attention.site
     assert site.sliding_window == (4 if attention is Capped else None)
     assert site.logits_soft_cap == (2.0 if attention is Capped else None)
     scale = {Masked: 32**-0.5, Capped: 1.0}.get(attention, 0.25)
     assert abs(site.scale - scale) <= 1e-12
-    ids = _ids(2, 11)
+    ids = token_ids(2, 11)
     logits = [each(ids)[0] for each in (model, adopted)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)
     for each in logits:
@@ -125,8 +113,8 @@ def test_logits_and_gradients(attention):
 
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_compiled(attention):
-    adopted = training.adopt(make(attention))
-    ids = _ids(2, 11)
+    adopted = training.adopt(nano_with(attention))
+    ids = token_ids(2, 11)
     with training.batch_invariant(), torch.no_grad():
         options = {"emulate_precision_casts": True}
         compiled = torch.compile(adopted, fullgraph=True, options=options)
@@ -212,15 +200,15 @@ class Unused(Masked):
 )
 def test_other_attention_is_refused(attention, message):
     with pytest.raises(ValueError, match=message):
-        training.adopt(make(attention))
+        training.adopt(nano_with(attention))
 
 
 def test_dropout_while_training(monkeypatch):
     monkeypatch.setattr(Masked, "dropout", 0.1)
-    adopted = training.adopt(make(Masked))
-    adopted(_ids(1, 5))
+    adopted = training.adopt(nano_with(Masked))
+    adopted(token_ids(1, 5))
     with pytest.raises(ValueError, match=r"dropout of 0\.1; no kernel"):
-        adopted.train()(_ids(1, 5))
+        adopted.train()(token_ids(1, 5))
 
 
 @pytest.mark.parametrize(
@@ -233,24 +221,24 @@ def test_dropout_while_training(monkeypatch):
     ],
 )
 def test_something_else_than_when_adopted(attention, message, monkeypatch):
-    adopted = training.adopt(make(Masked))
+    adopted = training.adopt(nano_with(Masked))
     for block in adopted.h:
         for name in ("mask", "attend"):
             function = getattr(attention, name)
             monkeypatch.setattr(block.attn, name, function.__get__(block.attn))
     with pytest.raises(ValueError, match=message):
-        adopted(_ids(1, 5))
+        adopted(token_ids(1, 5))
 
 
 @pytest.mark.parametrize("attention", [Masked, Capped])
 def test_same_bits(make_llm, tmp_path, monkeypatch, attention):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    model = make(attention)
+    model = nano_with(attention)
     training.save_checkpoint(model, tmp_path)
     fields = {"architectures": ["Written"], **vars(CONFIG)}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     ModelRegistry.register_model(
-        "Written", lambda config: training.adopt(make(attention))
+        "Written", lambda config: training.adopt(nano_with(attention))
     )
     llm = make_llm(tmp_path, max_model_len=96)
     trainer = training.adopt(copy.deepcopy(model))

@@ -37,6 +37,10 @@ _RECORDER = "training_layers_recorder"
 
 Record = Callable[[nn.Module, AttentionSite], AdoptedAttention | None]
 
+_PAST_ONLY = (
+    "The engine keeps keys and values of the past only; bidirectional attention cannot "
+    "be served."
+)
 # What transformers' layers pass on to attention and no implementation computes with.
 _WITHOUT_MEANING = {
     "cache_position",
@@ -77,10 +81,7 @@ def read_call(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
-        raise ValueError(
-            "attention is called with is_causal=False. The engine keeps keys and "
-            "values of the past only; bidirectional attention cannot be served."
-        )
+        raise ValueError(f"attention is called with is_causal=False. {_PAST_ONLY}")
     if dropout and module.training:
         raise ValueError(
             f"attention is called with dropout={dropout} while training; no kernel "
@@ -346,8 +347,7 @@ def _with_window(site: AttentionSite, mask: torch.Tensor | None) -> AttentionSit
         )
     if window == 0:
         raise ValueError(
-            "attention is called with a mask that is not causal. The engine keeps keys "
-            "and values of the past only; bidirectional attention cannot be served."
+            f"attention is called with a mask that is not causal. {_PAST_ONLY}"
         )
     if site.sliding_window not in (None, window):
         raise ValueError(
